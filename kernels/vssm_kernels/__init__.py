@@ -1,0 +1,1 @@
+"""The selective scan of vision state-space models: one op, two public faces, several implementations."""

@@ -1,0 +1,1 @@
+"""Vision state-space backbones in timm, on one selective-scan op."""
