@@ -1,0 +1,104 @@
+"""What the commands' options share: the parser with one-line errors, and the types of common values."""
+
+import argparse
+import difflib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+
+class UsageError(Exception):
+    """The command line or its YAML file cannot be understood; the command ends with exit status 2."""
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Shows the default of an option where it says something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        silent = action.default in (None, False, argparse.SUPPRESS) or "%(default)" in (action.help or "")
+        return action.help if silent or action.nargs == 0 else f"{action.help} (default: %(default)s)"
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are :class:`UsageError`, without abbreviations of options."""
+
+    def __init__(self, *, prog: str, description: str | None = None, add_help: bool = True) -> None:
+        super().__init__(
+            prog=prog, description=description, add_help=add_help, allow_abbrev=False, formatter_class=HelpFormatter
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Raises :class:`UsageError` instead of printing the usage and leaving the process."""
+        raise UsageError(message)
+
+    def check_option_names(self, argv: Sequence[str]) -> None:
+        """Names the nearest option to the first unknown one.
+
+        argparse reports a missing argument before a misspelt one, although the second is often the cause of the first.
+
+        Args:
+            argv: Command line without the command.
+
+        Raises:
+            UsageError: An option is unknown.
+        """
+        for token in argv:
+            if token == "--":
+                return
+            name = token.partition("=")[0]
+            if name.startswith("--") and name not in self._option_string_actions:
+                raise UsageError(f"unknown option {name}{nearest(name, self._option_string_actions)}")
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Returns ``"; did you mean train?"`` with the known words most like ``word``, or a list of all of them.
+
+    Args:
+        word: What came.
+        known: What would have been understood.
+    """
+    names = sorted(known)
+    matches = difflib.get_close_matches(word, names, n=3, cutoff=0.6)
+    if matches:
+        return f"; did you mean {' or '.join(matches)}?"
+    return f"; known are {', '.join(names)}"
+
+
+def positive_int(text: str) -> int:
+    """Type of an option that counts something: an integer of at least 1."""
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}") from None
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {value}")
+    return value
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """Type of ``--img-size``: ``224`` or ``160x256`` (height x width) in pixels."""
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise argparse.ArgumentTypeError(
+            f"expected a size in pixels such as 224 or 160x256 (height x width), got {text!r}"
+        )
+    return int(parts[0]), int(parts[-1])
+
+
+def results_path(text: str) -> Path:
+    """Type of ``--results``: a .json or .csv file, refused before any work is done."""
+    return _path_with_suffix(text, (".json", ".csv"))
+
+
+def picture_path(text: str) -> Path:
+    """Type of an option that names a picture: a .png, .svg or .pdf file, refused before any work is done."""
+    return _path_with_suffix(text, (".png", ".svg", ".pdf"))
+
+
+def _path_with_suffix(text: str, suffixes: tuple[str, ...]) -> Path:
+    path = Path(text)
+    if path.suffix.lower() not in suffixes:
+        raise argparse.ArgumentTypeError(f"expected a file name ending in {' or '.join(suffixes)}, got {text!r}")
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"expected a file name, {text!r} is a folder")
+    return path
