@@ -1,0 +1,68 @@
+"""Which implementation of the scan runs: the fastest that fits the tensors, or the one that was asked for."""
+
+import logging
+import os
+from types import ModuleType
+
+from vssm_kernels import scan_torch
+
+_logger = logging.getLogger("vssm")
+_announced: set[tuple[str, str]] = set()
+_override: str | None = None
+
+
+def available_backends() -> tuple[str, ...]:
+    """Names that :class:`use_backend` and ``VSSM_SCAN_BACKEND`` accept here, beside ``auto``."""
+    return tuple(_BACKENDS)
+
+
+_BACKENDS: dict[str, ModuleType] = {"torch": scan_torch}
+
+
+class use_backend:  # noqa: N801  a function to its callers
+    """Selects the implementation of the scan, for good or, as a context manager, for a block.
+
+    The choice is read when the op runs, so a compiled graph follows it without being compiled again.
+
+    Args:
+        name: ``auto`` (the default: the fastest that fits the device) or one of :func:`available_backends`.
+
+    Raises:
+        ValueError: If there is no such backend here.
+    """
+
+    def __init__(self, name: str) -> None:
+        global _override
+        self._before = _override
+        _override = _checked(name)
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *exception: object) -> None:
+        global _override
+        _override = self._before
+
+
+def backend_for(device_type: str) -> ModuleType:
+    """The module that runs a scan on tensors of ``device_type``; says so in the log the first time."""
+    name = _override or _checked(os.environ.get("VSSM_SCAN_BACKEND") or "auto")
+    if name == "auto":
+        name = "torch"
+    if (name, device_type) not in _announced:
+        _announced.add((name, device_type))
+        _announce(name, device_type)
+    return _BACKENDS[name]
+
+
+def _checked(name: str) -> str:
+    if name != "auto" and name not in _BACKENDS:
+        raise ValueError(f"scan backend must be one of {', '.join(('auto', *_BACKENDS))} here, got {name!r}")
+    return name
+
+
+def _announce(name: str, device_type: str) -> None:
+    if device_type == "cuda" and name == "torch":
+        _logger.warning("scan backend: torch on cuda; it is correct, but far from the speed of a fused kernel")
+    else:
+        _logger.info("scan backend: %s on %s", name, device_type)

@@ -1,0 +1,127 @@
+"""The one op behind both public functions, as torch sees it: schema, shapes, autograd and operation count.
+
+``torch.ops.vssm.scan`` has one body for all devices, which asks ``backend.py`` for the implementation at run time and
+is opaque to the compiler. Autograd does not run below the dispatcher, so the backward pass is an op of its own.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from vssm_kernels.backend import backend_for
+from vssm_kernels.checks import check_values
+from vssm_kernels.scan_call import DIFFERENTIABLE, ScanCall
+
+
+@torch.library.custom_op("vssm::scan", mutates_args=())
+def scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor | None,
+    D: Tensor | None,
+    dt_weight: Tensor | None,
+    dt_bias: Tensor | None,
+    z: Tensor | None,
+    order: Tensor | None,
+    gap: Tensor | None,
+    softplus: bool,
+    params: str,
+    chain: bool,
+    merge: bool,
+    return_last_state: bool,
+    out_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor]:
+    """Result and last state of a directional scan; the state is empty unless ``return_last_state``."""
+    call = ScanCall(
+        x, dt, A, B, C, D, dt_weight, dt_bias, z, order, gap, softplus, params, chain, merge, return_last_state, out_dtype
+    )
+    check_values(call.tokens, A, order, gap)
+    return backend_for(x.device.type).forward(call)
+
+
+@scan.register_fake
+def _(*args: Any) -> tuple[Tensor, Tensor]:
+    call = ScanCall(*args)
+    # new_empty, not empty_like: results are contiguous whatever the strides of the inputs.
+    y = call.x.new_empty(call.result_shape, dtype=call.result_dtype)
+    return y, call.x.new_empty(call.state_shape, dtype=call.compute_dtype)
+
+
+@torch.library.custom_op("vssm::scan_backward", mutates_args=())
+def scan_backward(
+    dy: Tensor,
+    dstate: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor | None,
+    D: Tensor | None,
+    dt_weight: Tensor | None,
+    dt_bias: Tensor | None,
+    z: Tensor | None,
+    order: Tensor | None,
+    gap: Tensor | None,
+    softplus: bool,
+    params: str,
+    chain: bool,
+    merge: bool,
+    return_last_state: bool,
+    out_dtype: torch.dtype | None,
+) -> list[Tensor]:
+    """Gradients of the inputs that are present, in the order of ``DIFFERENTIABLE``."""
+    call = ScanCall(
+        x, dt, A, B, C, D, dt_weight, dt_bias, z, order, gap, softplus, params, chain, merge, return_last_state, out_dtype
+    )
+    gradients = backend_for(x.device.type).backward(call, dy, dstate)
+    return [gradients[name].to(tensor.dtype) for name, tensor in _differentiable(call)]
+
+
+@scan_backward.register_fake
+def _(dy: Tensor, dstate: Tensor, *args: Any) -> list[Tensor]:
+    return [tensor.new_empty(tensor.shape) for _, tensor in _differentiable(ScanCall(*args))]
+
+
+def _differentiable(call: ScanCall) -> list[tuple[str, Tensor]]:
+    present = ((name, getattr(call, name)) for name in DIFFERENTIABLE)
+    return [(name, tensor) for name, tensor in present if tensor is not None]
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:11])
+    ctx.options = inputs[11:]
+
+
+def _scan_autograd(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
+    call = ScanCall(*ctx.saved_tensors, *ctx.options)
+    gradients = torch.ops.vssm.scan_backward(dy, dstate, *ctx.saved_tensors, *ctx.options)
+    by_name = dict(zip((name for name, _ in _differentiable(call)), gradients, strict=True))
+    return (*(by_name.get(name) for name in DIFFERENTIABLE), None, None, *(None for _ in ctx.options))
+
+
+def _no_double_backward(ctx: Any, *gradients: Any) -> tuple[None, ...]:
+    raise RuntimeError("vssm scan: gradients of gradients are not implemented; use vssm_kernels.reference for them")
+
+
+scan.register_autograd(_scan_autograd, setup_context=_setup_context)
+scan_backward.register_autograd(_no_double_backward)
+
+
+@register_flop_formula(torch.ops.vssm.scan)
+def scan_flops(
+    x: tuple[int, ...], dt: tuple[int, ...], A: tuple[int, ...], B: object, C: object, D: object,
+    dt_weight: tuple[int, ...] | None, dt_bias: object, z: object, order: tuple[int, ...] | None, *_: object, **__: object,
+) -> int:  # fmt: skip
+    """Floating-point operations of a scan, from the shapes of its tensors: 9·b·k·d·t·n, the convention of the field.
+
+    A low-rank step adds its product, 2·b·k·l·d·r.
+    """
+    batch, tokens, width = x[0], x[1], x[-1]
+    sets, states = A[0], A[-1]
+    directions, steps = (order[-2], order[-1]) if order is not None else (x[2] if len(x) == 4 else sets, tokens)
+    product = 2 * batch * tokens * sets * width * dt_weight[-1] if dt_weight is not None else 0
+    return 9 * batch * directions * steps * width * states + product
