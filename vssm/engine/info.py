@@ -1,0 +1,148 @@
+"""Counts of a model: parameters, multiply-adds of matrix products and convolutions, operations of scans."""
+
+from collections.abc import Iterator
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from vssm.engine.published import PUBLISHED
+from vssm.engine.zoo import count_parameters, create_by_name, input_size
+
+_Flops = dict[str, dict]
+
+
+class Counts(NamedTuple):
+    """What is counted of a part of a model.
+
+    Args:
+        params: Parameters.
+        matmul_macs: Multiply-adds of matrix products, the low-rank product dt_weight·dt inside the scan op included.
+        conv_macs: Multiply-adds of convolutions.
+        scan_ops: Operations of the recurrences, 9·b·k·d·l·n.
+    """
+
+    params: int = 0
+    matmul_macs: int = 0
+    conv_macs: int = 0
+    scan_ops: int = 0
+
+    def plus(self, other: "Counts") -> "Counts":
+        """Sums each count."""
+        return Counts(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
+
+    def minus(self, other: "Counts") -> "Counts":
+        """Subtracts each count."""
+        return Counts(*(mine - theirs for mine, theirs in zip(self, other, strict=True)))
+
+
+def describe(name: str, *, img_size: tuple[int, int] | None = None, batch_size: int = 1) -> dict:
+    """Counts one forward pass, without computing it.
+
+    Counted are matrix products (linear layers, attention, dt_weight·dt) and convolutions, one per multiply-add without
+    biases, and the scan's recurrence with 9·b·k·d·l·n operations, the convention of the field. Norms, activations,
+    gates, additions and pooling are not. The sum of the three is what papers on state-space backbones print as FLOPs.
+
+    Args:
+        name: A model of vssm or timm.
+        img_size: Input height and width in pixels; the model's own when not given.
+        batch_size: Images in the forward pass.
+
+    Returns:
+        Record with ``params``, ``matmul_macs``, ``conv_macs``, ``scan_ops``, the same in readable units (``params_m``,
+        ``gmacs``, ``scan_gops``, ``total_gflops``), the published figures (``None`` where none are known for this
+        input) and ``parts``, one mapping per part of the model.
+
+    Raises:
+        ValueError: The name is unknown, or the model takes no other input size.
+    """
+    with torch.device("meta"):
+        model = create_by_name(name, img_size=img_size).eval()
+        channels, height, width = input_size(model)
+        size = img_size or (height, width)
+        images = torch.empty(batch_size, channels, *size)
+    parts = count_parts(model, images)
+    total = Counts()
+    for counts in parts.values():
+        total = total.plus(counts)
+    published = PUBLISHED.get(name.partition(".")[0]) if (size, batch_size) == ((height, width), 1) else None
+    macs = total.matmul_macs + total.conv_macs
+    return {
+        "model": name,
+        "img_size": list(size),
+        "batch_size": batch_size,
+        **total._asdict(),
+        "params_m": total.params / 1e6,
+        "gmacs": macs / 1e9,
+        "scan_gops": total.scan_ops / 1e9,
+        "total_gflops": (macs + total.scan_ops) / 1e9,
+        "published_params_m": published and published.params_m,
+        "published_gflops": published and published.gflops,
+        "published_source": published and published.source,
+        "parts": [{"part": part, **counts._asdict()} for part, counts in parts.items()],
+    }
+
+
+def count_parts(model: nn.Module, images: torch.Tensor) -> dict[str, Counts]:
+    """Counts a forward pass part by part.
+
+    Args:
+        model: Model, on the meta device or any other.
+        images: Input, (b, c, h, w).
+
+    Returns:
+        Part to its counts: the direct children of the model, its stages one by one, and ``(other)`` for what belongs
+        to no child, such as class tokens and position embeddings. The parts add up to the whole.
+    """
+    flops = _count_flops(model, images, {})
+    steps = _count_flops(model, images, {torch.ops.vssm.scan: _step_product_flops})
+    parts = {path: _counts(part, f"{type(model).__name__}.{path}", flops, steps) for path, part in _parts(model)}
+    rest = Counts(count_parameters(model), *_split(flops["Global"], steps["Global"]))
+    for counts in parts.values():
+        rest = rest.minus(counts)
+    if any(rest):
+        parts["(other)"] = rest
+    return {path: counts for path, counts in parts.items() if any(counts)}
+
+
+def _count_flops(model: nn.Module, images: torch.Tensor, formulas: dict) -> _Flops:
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter, torch.no_grad():
+        model(images)
+    return {"Global": {}, **counter.get_flop_counts()}
+
+
+def _step_product_flops(x, dt, A, B, C, D, dt_weight, *_: object, **__: object) -> int:
+    """The part of the scan op that is a matrix product: (b·l, r) by (r, d) for each direction."""
+    return 2 * prod(dt[:2]) * prod(dt_weight) if dt_weight is not None else 0
+
+
+def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, child in model.named_children():
+        if name == "stages":
+            yield from ((f"{name}.{index}", stage) for index, stage in child.named_children())
+        else:
+            yield name, child
+
+
+def _counts(module: nn.Module, path: str, flops: _Flops, steps: _Flops) -> Counts:
+    return Counts(count_parameters(module), *_operations(module, path, flops, steps))
+
+
+def _operations(module: nn.Module, path: str, flops: _Flops, steps: _Flops) -> tuple[int, int, int]:
+    """Counts below ``path``; a container that is never called, such as a ModuleList, has those of its children."""
+    if path in flops:
+        return _split(flops[path], steps[path])
+    children = [_operations(child, f"{path}.{name}", flops, steps) for name, child in module.named_children()]
+    matmul, conv, scan = (sum(column) for column in zip(*children, strict=True)) if children else (0, 0, 0)
+    return matmul, conv, scan
+
+
+def _split(flops: dict, steps: dict) -> tuple[int, int, int]:
+    """FLOPs by operator as (multiply-adds of matrix products, of convolutions, operations of scans)."""
+    scan = flops.get(torch.ops.vssm.scan, 0)
+    conv = sum(count for operator, count in flops.items() if "convolution" in str(operator))
+    products = sum(flops.values()) - conv - scan
+    step = steps.get(torch.ops.vssm.scan, 0)
+    return (products + step) // 2, conv // 2, scan - step

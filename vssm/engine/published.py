@@ -1,0 +1,29 @@
+"""Figures that papers print about the models, to stand beside what is counted here."""
+
+from typing import NamedTuple
+
+
+class Published(NamedTuple):
+    """What a paper prints about a model at its default input size.
+
+    Args:
+        params_m: Parameters, in millions.
+        gflops: Its "FLOPs", in thousand millions; ``None`` where none are printed.
+        source: Where the numbers stand.
+    """
+
+    params_m: float
+    gflops: float | None
+    source: str
+
+
+_VIM = "Zhu et al., 2024, arXiv:2401.09417"
+_VIM_FLOPS = f"{_VIM}; FLOPs after the README of LocalMamba, arXiv:2403.09338"
+
+PUBLISHED = {
+    "vim_tiny_patch16_224": Published(7, 1.5, _VIM_FLOPS),
+    "vim_tiny_patch16_stride8_224": Published(7, None, _VIM),
+    "vim_small_patch16_224": Published(26, 5.1, _VIM_FLOPS),
+    "vim_small_patch16_stride8_224": Published(26, None, _VIM),
+    "vim_base_patch16_224": Published(98, None, _VIM),
+}

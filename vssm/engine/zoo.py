@@ -1,0 +1,100 @@
+"""Models by name for the commands: those of vssm, and timm's as peers to compare with."""
+
+from collections.abc import Sequence
+from fnmatch import fnmatch
+
+import timm
+import torch
+from torch import nn
+
+import vssm
+
+
+def create_by_name(name: str, *, img_size: tuple[int, int] | None = None) -> nn.Module:
+    """Creates a model of vssm or of timm with random weights.
+
+    Args:
+        name: Registered name, with or without the tag of its weights.
+        img_size: Input height and width in pixels; the model's own when not given.
+
+    Returns:
+        The model, in training mode as timm creates it.
+
+    Raises:
+        ValueError: The name is unknown, or the model takes no other input size.
+    """
+    architecture = name.partition(".")[0]
+    peer = timm.is_model(architecture) and architecture not in vssm.list_models()
+    model = timm.create_model(name) if peer else vssm.create_model(name)
+    if img_size is None or img_size == input_size(model)[1:]:
+        return model
+    if hasattr(model, "set_input_size"):
+        model.set_input_size(img_size=img_size)
+    elif model.pretrained_cfg.get("fixed_input_size"):
+        height, width = input_size(model)[1:]
+        raise ValueError(f"{name} takes images of {height}x{width} only, got {img_size[0]}x{img_size[1]}")
+    return model
+
+
+def input_size(model: nn.Module) -> tuple[int, int, int]:
+    """Channels, height and width that a model was configured for."""
+    return tuple(model.pretrained_cfg["input_size"])
+
+
+def family_of(name: str) -> str:
+    """The family of a model: the name of the file that defines it."""
+    return timm.model_entrypoint(name).__module__.rpartition(".")[2]
+
+
+def list_records(pattern: str = "", *, pretrained: bool = False, family: str | None = None) -> list[dict]:
+    """Describes the registered models of vssm.
+
+    Args:
+        pattern: Part of a name, or a pattern with ``*``; all models when empty.
+        pretrained: Only models with weights.
+        family: Only models of this family.
+
+    Returns:
+        Per model: ``model``, ``family``, ``params_m`` (millions), ``input_size`` (channels, height, width) and
+        ``tags`` of its weights.
+
+    Raises:
+        ValueError: There is no such family, or no model matches.
+    """
+    names = vssm.list_models()
+    families = sorted({family_of(name) for name in names})
+    if family is not None and family not in families:
+        raise ValueError(f"list: no family {family!r}; there are {', '.join(families)}")
+    chosen = [name for name in names if _matches(name, pattern) and family in (None, family_of(name))]
+    records = [_record(name) for name in chosen if not pretrained or _tags(name)]
+    if not records:
+        kind = "model with weights" if pretrained else "model"
+        raise ValueError(f"list: no {kind} matches {pattern!r}; there are {', '.join(names)}")
+    return records
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatch(name, pattern if "*" in pattern else f"*{pattern}*")
+
+
+def _record(name: str) -> dict:
+    with torch.device("meta"):
+        model = create_by_name(name)
+    return {
+        "model": name,
+        "family": family_of(name),
+        "params_m": count_parameters(model) / 1e6,
+        "input_size": list(input_size(model)),
+        "tags": _tags(name),
+    }
+
+
+def _tags(name: str) -> Sequence[str]:
+    """Tags of the weights that can be had."""
+    configs = timm.models.get_pretrained_cfgs_for_model(name).values()
+    return [config.tag for config in configs if config.tag and config.has_weights]
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of parameters, shared ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
