@@ -1,0 +1,34 @@
+# Needs Python 3.10 or newer and make, nothing else. Another interpreter: make demo PYTHON=python3.12
+PYTHON ?= python3
+VENV := .venv
+IN_VENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
+
+.PHONY: help demo test clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo    create $(VENV), install vssm, train a small model on real digits and show what it sees"
+	@echo "make test    create $(VENV), install what checks need, run all checks (tools/ci.sh)"
+	@echo "make clean   remove $(VENV) and what builds leave behind"
+	@echo "PYTHON=python3.12 after any of them chooses the interpreter of a new $(VENV)"
+
+demo: $(VENV)/installed-demo
+	$(IN_VENV) python tools/demo.py
+
+test: $(VENV)/installed-dev
+	$(IN_VENV) tools/ci.sh
+
+# One stamp an extra: an install is repeated only when pyproject.toml asks for something else.
+$(VENV)/installed-%: pyproject.toml $(VENV)/bin/python
+	@echo "==> installing vssm with its extra '$*' into $(VENV) (some minutes and gigabytes the first time: torch)"
+	$(VENV)/bin/python -m pip install --quiet --editable '.[$*]'
+	@touch $@
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	    echo "make: vssm needs Python 3.10 or newer, '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || true); try make PYTHON=python3.12" >&2; exit 1; }
+	@echo "==> creating $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV) && $@ -m pip install --quiet --upgrade pip || { rm -rf $(VENV); exit 1; }
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
