@@ -5,6 +5,7 @@ from math import prod
 from typing import NamedTuple
 
 import torch
+import vssm_kernels  # noqa: F401  registers torch.ops.vssm.scan and its formula
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -1,7 +1,7 @@
 """Models by name for the commands: those of vssm, and timm's as peers to compare with."""
 
-from collections.abc import Sequence
 from fnmatch import fnmatch
+from typing import Any
 
 import timm
 import torch
@@ -29,8 +29,9 @@ def create_by_name(name: str, *, img_size: tuple[int, int] | None = None) -> nn.
     if img_size is None or img_size == input_size(model)[1:]:
         return model
     if hasattr(model, "set_input_size"):
-        model.set_input_size(img_size=img_size)
-    elif model.pretrained_cfg.get("fixed_input_size"):
+        resize: Any = model.set_input_size
+        resize(img_size=img_size)
+    elif _configuration(model).get("fixed_input_size"):
         height, width = input_size(model)[1:]
         raise ValueError(f"{name} takes images of {height}x{width} only, got {img_size[0]}x{img_size[1]}")
     return model
@@ -38,7 +39,14 @@ def create_by_name(name: str, *, img_size: tuple[int, int] | None = None) -> nn.
 
 def input_size(model: nn.Module) -> tuple[int, int, int]:
     """Channels, height and width that a model was configured for."""
-    return tuple(model.pretrained_cfg["input_size"])
+    channels, height, width = _configuration(model)["input_size"]
+    return channels, height, width
+
+
+def _configuration(model: nn.Module) -> dict[str, Any]:
+    """What timm keeps with a model about its weights and its input."""
+    configuration: Any = model.pretrained_cfg
+    return configuration
 
 
 def family_of(name: str) -> str:
@@ -64,12 +72,12 @@ def list_records(pattern: str = "", *, pretrained: bool = False, family: str | N
     names = vssm.list_models()
     families = sorted({family_of(name) for name in names})
     if family is not None and family not in families:
-        raise ValueError(f"list: no family {family!r}; there are {', '.join(families)}")
+        raise ValueError(f"no family {family!r}; there are {', '.join(families)}")
     chosen = [name for name in names if _matches(name, pattern) and family in (None, family_of(name))]
     records = [_record(name) for name in chosen if not pretrained or _tags(name)]
     if not records:
         kind = "model with weights" if pretrained else "model"
-        raise ValueError(f"list: no {kind} matches {pattern!r}; there are {', '.join(names)}")
+        raise ValueError(f"no {kind} matches {pattern!r}; there are {', '.join(names)}")
     return records
 
 
@@ -89,10 +97,9 @@ def _record(name: str) -> dict:
     }
 
 
-def _tags(name: str) -> Sequence[str]:
+def _tags(name: str) -> list[str]:
     """Tags of the weights that can be had."""
-    configs = timm.models.get_pretrained_cfgs_for_model(name).values()
-    return [config.tag for config in configs if config.tag and config.has_weights]
+    return [full.partition(".")[2] for full in timm.list_pretrained(name)]
 
 
 def count_parameters(model: nn.Module) -> int:

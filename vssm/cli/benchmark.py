@@ -1,0 +1,155 @@
+"""Time models, or the scan alone with --op, and measure their memory."""
+
+import argparse
+import re
+
+import torch
+from vssm_kernels import available_backends, use_backend
+
+from vssm.cli import UsageError
+from vssm.cli._options import image_size, picture_path, positive_int, results_path
+from vssm.engine.benchmark import Setting, benchmark_models
+from vssm.engine.benchmark_op import DEFAULT_SHAPES, benchmark_op
+from vssm.engine.plot import line_plot
+from vssm.engine.records import print_table, write_results
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+_MODEL_COLUMNS = ["model", "img_size", "params_m", "latency_ms", "batch_size", "images_per_s", "peak_memory_mib"]
+_TRAIN_COLUMNS = ["train_batch_size", "train_images_per_s", "train_peak_memory_mib"]
+_OP_COLUMNS = ["op", "b", "d", "n", "l", "forward_ms", "forward_backward_ms", "peak_memory_mib", "relative_error"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of this command."""
+    parser.add_argument("models", nargs="*", metavar="MODEL", help="models of vssm, or of timm to compare with")
+    _add_model_arguments(parser.add_argument_group("models"))
+    _add_op_arguments(parser.add_argument_group("the scan alone"))
+    parser.add_argument("--device", type=_device, help="cpu, cuda, cuda:1 ...; a GPU by default if there is one")
+    parser.add_argument("--backend", choices=("auto", *available_backends()), default="auto", help="of the scan")
+    parser.add_argument(
+        "--amp-dtype", choices=sorted(_DTYPES), help="half precision: autocast of models, inputs of --op"
+    )
+    parser.add_argument("--threads", type=positive_int, help="CPU threads; as many as cores by default")
+    parser.add_argument("--warmup", type=positive_int, default=3, help="calls before the timed ones")
+    parser.add_argument("--repeats", type=_repeats, default=10, help="timed calls; the median and percentiles are kept")
+    parser.add_argument("--results", type=results_path, metavar="FILE", help="write the records to this .json or .csv")
+    parser.add_argument("--plot", type=picture_path, metavar="FILE", help="draw speed over input size or length")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures, prints a table, writes the records and the plot."""
+    if args.op == bool(args.models):
+        raise UsageError("expected either models or --op, got " + ("both" if args.op else "neither"))
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with use_backend(args.backend):
+        records = _benchmark_op(args, device) if args.op else _benchmark_models(args, device)
+    if args.results:
+        write_results(args.results, records)
+    if args.plot:
+        (_plot_op if args.op else _plot_models)(args.plot, records)
+    return 0
+
+
+def _add_model_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--batch-size", type=positive_int, help="128 on a GPU and 8 on a CPU by default; halved to fit")
+    group.add_argument("--img-size", type=_image_sizes, metavar="SIZE,...", help="224 or 160x256, several with commas")
+    group.add_argument("--train", action="store_true", help="also measure a training step")
+    group.add_argument("--compile", action="store_true", help="compile the model with torch.compile")
+
+
+def _add_op_arguments(group: argparse._ArgumentGroup) -> None:
+    default = ";".join(",".join(map(str, shape)) for shape in DEFAULT_SHAPES)
+    group.add_argument(
+        "--op", action="store_true", help="measure selective_scan and directional_scan, forward and backward"
+    )
+    group.add_argument(
+        "--shapes",
+        type=_shapes,
+        default=default,
+        metavar='"b,d,n,l;..."',
+        help="batch, channels, states and tokens of --op",
+    )
+    group.add_argument("--against", choices=("loop",), help="also measure the reference loop over tokens")
+
+
+def _benchmark_models(args: argparse.Namespace, device: torch.device) -> list[dict]:
+    setting = Setting(
+        device=device,
+        batch_size=args.batch_size or (8 if device.type == "cpu" else 128),
+        amp_dtype=_DTYPES.get(args.amp_dtype),
+        train=args.train,
+        compile=args.compile,
+        warmup=args.warmup,
+        repeats=args.repeats,
+    )
+    records = benchmark_models(args.models, setting, img_sizes=args.img_size or [None])
+    print_table(records, _MODEL_COLUMNS + (_TRAIN_COLUMNS if args.train else []))
+    return records
+
+
+def _benchmark_op(args: argparse.Namespace, device: torch.device) -> list[dict]:
+    records = benchmark_op(
+        args.shapes,
+        device=device,
+        dtype=_DTYPES.get(args.amp_dtype, torch.float32),
+        against_loop=args.against == "loop",
+        warmup=args.warmup,
+        repeats=args.repeats,
+    )
+    print_table(records, _OP_COLUMNS if args.against else _OP_COLUMNS[:-1])
+    return records
+
+
+def _plot_models(path: str, records: list[dict]) -> None:
+    series: dict[str, tuple[list, list]] = {}
+    for record in records:
+        sizes, rates = series.setdefault(record["model"], ([], []))
+        sizes.append(record["img_size"][0])
+        rates.append(record["images_per_s"])
+    line_plot(path, series, xlabel="image height in pixels", ylabel="images per second", title="Inference", logy=True)
+
+
+def _plot_op(path: str, records: list[dict]) -> None:
+    series: dict[str, tuple[list, list]] = {}
+    for record in records:
+        label = f"{record['op']}, b={record['b']}, d={record['d']}, n={record['n']}"
+        lengths, times = series.setdefault(label, ([], []))
+        lengths.append(record["l"])
+        times.append(record["forward_backward_ms"])
+    title = "Scan, forward and backward"
+    line_plot(path, series, xlabel="tokens", ylabel="milliseconds", title=title, logx=True, logy=True)
+
+
+def _image_sizes(text: str) -> list[tuple[int, int]]:
+    return [image_size(part.strip()) for part in text.split(",")]
+
+
+def _shapes(text: str) -> list[tuple[int, int, int, int]]:
+    if not re.fullmatch(r"\s*\d+(\s*,\s*\d+){3}\s*(;\s*\d+(\s*,\s*\d+){3}\s*)*", text) or "0" in re.findall(
+        r"\d+", text
+    ):
+        raise argparse.ArgumentTypeError(f"expected positive b,d,n,l such as 1,192,1,3136;1,384,16,197, got {text!r}")
+    quadruples = [[int(number) for number in part.split(",")] for part in text.split(";")]
+    return [(b, d, n, l) for b, d, n, l in quadruples]
+
+
+def _repeats(text: str) -> int:
+    value = positive_int(text)
+    if value < 2:
+        raise argparse.ArgumentTypeError("expected at least 2, from which a spread can be computed, got 1")
+    return value
+
+
+def _device(text: str) -> torch.device:
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"expected a device such as cpu or cuda:0, got {text!r}") from None
+    available = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if (device.index or 0) >= available.get(device.type, 0):
+        raise argparse.ArgumentTypeError(
+            f"no device {text!r} here: torch sees {torch.cuda.device_count()} CUDA devices"
+        )
+    return device

@@ -1,0 +1,173 @@
+"""Speed and memory of whole models: inference and training throughput, latency of one image."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vssm.engine.records import environment
+from vssm.engine.timing import measure_memory, measure_time
+from vssm.engine.zoo import count_parameters, create_by_name, input_size
+
+
+class Setting(NamedTuple):
+    """How models are measured.
+
+    Args:
+        device: Where to compute.
+        batch_size: Images per step; halved until a step fits into memory.
+        amp_dtype: Half-precision dtype for autocast; float32 without autocast when ``None``.
+        train: Also measure a training step.
+        compile: Compile the model with ``torch.compile``.
+        warmup: Steps before the timed ones.
+        repeats: Timed steps.
+    """
+
+    device: torch.device
+    batch_size: int
+    amp_dtype: torch.dtype | None = None
+    train: bool = False
+    compile: bool = False
+    warmup: int = 3
+    repeats: int = 10
+
+    def autocast(self) -> AbstractContextManager:
+        """The context in which models run."""
+        if self.amp_dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.amp_dtype)
+
+
+def benchmark_models(
+    names: Sequence[str], setting: Setting, *, img_sizes: Sequence[tuple[int, int] | None] = (None,)
+) -> list[dict]:
+    """Measures models on random images.
+
+    A training step is forward, cross-entropy, backward and one step of AdamW. Peak memory holds weights, optimizer
+    state and images too.
+
+    Args:
+        names: Models of vssm or timm.
+        setting: How to measure.
+        img_sizes: Input heights and widths in pixels; ``None`` is the model's own.
+
+    Returns:
+        One record per model and size: ``model``, ``img_size``, ``params_m``, ``amp_dtype``, ``compile``;
+        ``latency_ms`` of one image; ``batch_size``, ``images_per_s`` and ``peak_memory_mib`` of inference, the same
+        with ``train_`` before it of training if asked for; 10th and 90th percentiles of all times and rates; and the
+        environment.
+
+    Raises:
+        ValueError: A name is unknown, a model does not take a size, or one image does not fit into memory.
+    """
+    surroundings = environment(setting.device)
+    return [_benchmark(name, size, setting) | surroundings for size in img_sizes for name in names]
+
+
+def _benchmark(name: str, size: tuple[int, int] | None, setting: Setting) -> dict:
+    torch.manual_seed(0)
+    model = create_by_name(name, img_size=size).to(setting.device)
+    channels, height, width = input_size(model)
+    shape = (channels, *(size or (height, width)))
+    record = {
+        "model": name,
+        "img_size": list(shape[1:]),
+        "params_m": count_parameters(model) / 1e6,
+        "amp_dtype": str(setting.amp_dtype).removeprefix("torch.") if setting.amp_dtype else None,
+        "compile": setting.compile,
+    }
+    network = torch.compile(model) if setting.compile else model
+    record |= _measure_inference(network, shape, setting)
+    if setting.train:
+        record |= _measure_training(network, shape, setting)
+    return record
+
+
+def _measure_inference(model: Callable[[Tensor], Tensor], shape: tuple[int, ...], setting: Setting) -> dict:
+    module = _module(model).eval()
+
+    def step(images: Tensor) -> Callable[[], object]:
+        def call() -> None:
+            with torch.no_grad(), setting.autocast():
+                model(images)
+
+        return call
+
+    def measure(batch_size: int) -> dict:
+        images = torch.randn(batch_size, *shape, device=setting.device)
+        return _rates(step(images), batch_size, _bytes_of([*_tensors(module), images]), setting)
+
+    one_image = torch.randn(1, *shape, device=setting.device)
+    times = measure_time(step(one_image), setting.device, warmup=setting.warmup, repeats=setting.repeats)
+    latency = {"latency_ms": times["median"], "latency_p10_ms": times["p10"], "latency_p90_ms": times["p90"]}
+    return latency | _halving(measure, setting.batch_size)
+
+
+def _measure_training(model: Callable[[Tensor], Tensor], shape: tuple[int, ...], setting: Setting) -> dict:
+    module = _module(model).train()
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-5)
+
+    def measure(batch_size: int) -> dict:
+        images = torch.randn(batch_size, *shape, device=setting.device)
+        labels = torch.zeros(batch_size, dtype=torch.long, device=setting.device)
+
+        def call() -> None:
+            with setting.autocast():
+                loss = F.cross_entropy(model(images), labels)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        optimizer.zero_grad(set_to_none=True)
+        call()  # makes the optimizer's state, which is held between steps
+        state = [value for values in optimizer.state.values() for value in values.values() if isinstance(value, Tensor)]
+        return _rates(call, batch_size, _bytes_of([*_tensors(module), *state, images, labels]), setting)
+
+    return {f"train_{key}": value for key, value in _halving(measure, setting.batch_size).items()}
+
+
+def _rates(call: Callable[[], object], batch_size: int, held: int, setting: Setting) -> dict:
+    """Throughput and peak memory of a step; ``held`` bytes stay allocated between steps."""
+    times = measure_time(call, setting.device, warmup=setting.warmup, repeats=setting.repeats)
+    return {
+        "batch_size": batch_size,
+        "images_per_s": 1e3 * batch_size / times["median"],
+        "images_per_s_p10": 1e3 * batch_size / times["p90"],
+        "images_per_s_p90": 1e3 * batch_size / times["p10"],
+        "peak_memory_mib": held / 2**20 + measure_memory(call, setting.device),
+    }
+
+
+def _halving(measure: Callable[[int], dict], batch_size: int) -> dict:
+    """Measures with the largest of ``batch_size``, its half, its quarter ... that fits into memory."""
+    while True:
+        try:
+            return measure(batch_size)
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+        if batch_size == 1:
+            raise ValueError("one image does not fit into memory; take a smaller --img-size")
+        batch_size //= 2
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
+def _module(model: Callable[[Tensor], Tensor]) -> nn.Module:
+    assert isinstance(model, nn.Module), "torch.compile wraps a module in a module"
+    return model
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def _bytes_of(tensors: Sequence[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
