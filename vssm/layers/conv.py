@@ -1,0 +1,71 @@
+"""Depthwise convolutions of tokens: the only layers besides the scan in which a token sees its neighbours."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class TokenConv(nn.Module):
+    """Depthwise convolution of tokens on their grid, zero-padded to keep the grid's size.
+
+    Args:
+        dim: Channels d.
+        kernel_size: Side of the kernel, odd.
+        bias: Whether to add a bias per channel.
+    """
+
+    def __init__(self, dim: int, kernel_size: int = 3, *, bias: bool = True) -> None:
+        super().__init__()
+        if kernel_size % 2 == 0:
+            raise ValueError(f"TokenConv: kernel_size must be odd to keep the grid's size, got {kernel_size}")
+        self.conv = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, bias=bias)
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """Convolves tokens (b, l, d) in raster order of a grid ``size`` = (h, w) with h·w = l; returns (b, l, d)."""
+        maps = x.unflatten(1, size).permute(0, 3, 1, 2)  # a channels-last view (b, d, h, w)
+        return self.conv(maps).permute(0, 2, 3, 1).flatten(1, 2)
+
+
+class CausalTokenConv(nn.Module):
+    """Depthwise convolutions along the sequence, one per scan direction, each causal in the order of its direction.
+
+    Direction i computes y_t = bias_i + Σ_j weight_i[j]·x_{t−(w−1)+j}. A reversed direction reads x backwards, so that
+    in token order y_t = bias_i + Σ_j weight_i[j]·x_{t+(w−1)−j}: its convolution is anti-causal. Tokens outside the
+    sequence are zero.
+
+    Args:
+        dim: Channels d.
+        kernel_size: Taps w.
+        reverse: For each of the k directions, whether it reads the sequence backwards.
+    """
+
+    def __init__(self, dim: int, kernel_size: int, *, reverse: Sequence[bool] = (False,)) -> None:
+        super().__init__()
+        self.reverse = tuple(reverse)
+        self.weight = nn.Parameter(torch.empty(len(self.reverse), dim, kernel_size))  # (k, d, w)
+        self.bias = nn.Parameter(torch.empty(len(self.reverse), dim))  # (k, d)
+        bound = 1 / math.sqrt(kernel_size)  # PyTorch's default for a depthwise convolution
+        nn.init.uniform_(self.weight, -bound, bound)
+        nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolves tokens (b, l, d), the same for every direction; returns (b, l, k, d) in token order."""
+        reach = self.weight.shape[-1] - 1
+        padded = (
+            F.pad(x, (0, 0, reach, reach)).transpose(1, 2).unsqueeze(2)
+        )  # channels-last view (b, d, 1, l + 2·reach)
+        directions = [
+            self._convolve(padded[..., reach:], weight.flip(-1), bias)
+            if backwards
+            else self._convolve(padded[..., : padded.shape[-1] - reach], weight, bias)
+            for weight, bias, backwards in zip(self.weight, self.bias, self.reverse, strict=True)
+        ]
+        return torch.stack(directions, dim=2)
+
+    @staticmethod
+    def _convolve(padded: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        # A 2-D convolution, since PyTorch convolves channels-last maps as they are but copies channels-last sequences.
+        return F.conv2d(padded, weight[:, None, None], bias, groups=bias.shape[0]).squeeze(2).transpose(1, 2)

@@ -1,0 +1,98 @@
+"""The state-space model inside every mixer: projections to step, B and C, and the directional scan."""
+
+import math
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from vssm_kernels import directional_scan
+
+
+class SelectiveSSM(nn.Module):
+    """Selective state-space model that scans tokens in k directions.
+
+    Each direction i computes [dt | B | C] = x_proj_i·x, step = softplus(dt_weight_i·dt + dt_bias_i) and the scan
+    h_s = exp(step·A_i)·h_{s−1} + step·B·x, y = C·h_s + D_i·x with A_i = −exp(A_log_i), over the tokens in its order.
+
+    Initially A = −(1 … d_state), D = 1, and steps are spread log-uniformly over ``dt_range``.
+
+    Args:
+        d_inner: Channels d of the scan.
+        d_state: State size n of a channel.
+        dt_rank: Rank r of the step's projection.
+        directions: Number of directions k.
+        dt_range: Smallest and largest step at the start of training.
+
+    Reference:
+        Gu and Dao, "Mamba", 2023, section 3, https://arxiv.org/abs/2312.00752
+    """
+
+    def __init__(
+        self,
+        d_inner: int,
+        *,
+        d_state: int = 16,
+        dt_rank: int,
+        directions: int = 1,
+        dt_range: tuple[float, float] = (1e-3, 1e-1),
+    ) -> None:
+        super().__init__()
+        self.d_state = d_state
+        self.dt_rank = dt_rank
+        self.directions = directions
+        self.x_proj = nn.Linear(d_inner, directions * (dt_rank + 2 * d_state), bias=False)
+        self.dt_weight = nn.Parameter(torch.empty(directions, d_inner, dt_rank))
+        self.dt_bias = nn.Parameter(torch.empty(directions, d_inner))
+        self.A_log = nn.Parameter(torch.empty(directions, d_inner, d_state))
+        self.D = nn.Parameter(torch.ones(directions, d_inner))
+        self._init_parameters(dt_range)
+
+    @torch.no_grad()
+    def _init_parameters(self, dt_range: tuple[float, float]) -> None:
+        bound = self.dt_rank**-0.5
+        self.dt_weight.uniform_(-bound, bound)
+        smallest, largest = (math.log(step) for step in dt_range)
+        step = self.dt_bias.uniform_(smallest, largest).exp_()
+        step.add_(torch.log(-torch.expm1(-step)))  # the inverse of softplus
+        self.A_log.copy_(torch.arange(1, self.d_state + 1, dtype=torch.float32, device=self.A_log.device).log())
+
+    def forward(
+        self, x: Tensor, order: Tensor | None = None, *, gap: Tensor | None = None, z: Tensor | None = None
+    ) -> Tensor:
+        """Scans tokens and sums the directions.
+
+        Args:
+            x: Tokens (b, l, d) that all directions read, or (b, l, k, d), one map for each.
+            order: Scan order (k, t), or (b, k, t) if samples differ; raster order when not given.
+            gap: Tokens dropped before each step, of the shape of ``order``; see `directional_scan`.
+            z: Gate (b, l, d): the result is multiplied by silu(z).
+
+        Returns:
+            (b, l, d), each token at its own place.
+        """
+        dt, B, C = self._project(x)
+        A = -torch.exp(_at_least_float32(self.A_log))
+        y = directional_scan(
+            x, dt, A, B, C, self.D, dt_weight=self.dt_weight, dt_bias=self.dt_bias, order=order, gap=gap, z=z
+        )
+        return cast(Tensor, y)  # the last state, a second result, is not asked for
+
+    def step(self, x: Tensor) -> Tensor:
+        """Step sizes (b, l, k, d) of tokens ``x``, (b, l, d) or (b, l, k, d); the scan itself never stores them."""
+        dt, _, _ = self._project(x)
+        return F.softplus(torch.einsum("blkr,kdr->blkd", dt, self.dt_weight) + self.dt_bias)
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Step dt (b, l, k, r), B and C (b, l, k, n) of tokens (b, l, d) or (b, l, k, d)."""
+        if x.ndim == 3:
+            projected = self.x_proj(x).unflatten(-1, (self.directions, -1))
+        else:
+            weight = self.x_proj.weight.unflatten(0, (self.directions, -1))  # (k, r + 2n, d)
+            projected = torch.einsum("blkd,kcd->blkc", x, weight)
+        dt, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        return dt, B, C
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -1,0 +1,91 @@
+"""Builds a registered model: timm's builder with our reader of checkpoints."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from timm.models import build_model_with_cfg, resolve_pretrained_cfg
+from torch import Tensor, nn
+
+from vssm import checkpoint
+
+Model = TypeVar("Model", bound=nn.Module)
+FilterFn = Callable[[dict[str, Tensor], Any], dict[str, Tensor]]
+
+
+def build_backbone(
+    model_cls: type[Model],
+    variant: str,
+    pretrained: bool,
+    *,
+    checkpoint_filter_fn: FilterFn,
+    out_indices: Sequence[int],
+    pretrained_cfg: Any = None,
+    pretrained_cfg_overlay: dict[str, Any] | None = None,
+    cache_dir: str | Path | None = None,
+    **kwargs: Any,
+) -> Model:
+    """Builds a model of the zoo, with pretrained weights or without, whole or as a feature extractor.
+
+    Official training files hold more than tensors, which timm's loader refuses for a URL. So the file is downloaded,
+    checked and read here, and timm gets the weights. They must fit the model but for a classifier of another size and
+    an input layer of other channels.
+
+    Args:
+        model_cls: Class of the model; it takes ``kwargs``.
+        variant: Registered name.
+        pretrained: Whether to load weights.
+        checkpoint_filter_fn: Brings an official state dict to the model's keys.
+        out_indices: Default levels of ``features_only``.
+        pretrained_cfg: As timm passes it: a tag, a configuration, or None for the default one.
+        pretrained_cfg_overlay: Entries that override the configuration's, such as ``{"file": path}``.
+        cache_dir: Folder for downloads; that of ``torch.hub`` when not given.
+        **kwargs: Arguments of the model, and timm's ``features_only``, ``out_indices`` and ``feature_cls``.
+
+    Returns:
+        The model, or timm's feature extractor around it.
+
+    Raises:
+        ValueError: If there are no weights to load, or they do not fit.
+    """
+    overlay = dict(pretrained_cfg_overlay or {})
+    if pretrained:
+        cfg = resolve_pretrained_cfg(variant, pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=overlay).to_dict()
+        overlay |= _weights(cfg, variant, cache_dir)
+    model = build_model_with_cfg(
+        model_cls,
+        variant,
+        pretrained,
+        pretrained_cfg=pretrained_cfg,
+        pretrained_cfg_overlay=overlay,
+        pretrained_filter_fn=partial(_filter, checkpoint_filter_fn),
+        feature_cfg={"out_indices": tuple(out_indices), "feature_cls": "getter"},
+        cache_dir=cache_dir,
+        **kwargs,
+    )
+    for module in (model, getattr(model, "model", None)):
+        getattr(module, "pretrained_cfg", {}).pop("state_dict", None)  # the weights are in the model now
+    return model
+
+
+def _weights(cfg: dict[str, Any], variant: str, cache_dir: str | Path | None) -> dict[str, Any]:
+    """The entry of a pretrained configuration that gives timm the weights themselves."""
+    if cfg.get("state_dict") or cfg.get("source") in ("hf-hub", "local-dir") or cfg.get("hf_hub_id"):
+        return {}
+    if cfg.get("file"):
+        return {"state_dict": checkpoint.read(cfg["file"])}
+    if cfg.get("url"):
+        return {"state_dict": checkpoint.read(checkpoint.download(cfg["url"], folder=cache_dir))}
+    raise ValueError(
+        f"{variant}: there are no published weights for pretrained=True; pass pretrained_cfg_overlay={{'file': PATH}} "
+        "to load your own"
+    )
+
+
+def _filter(filter_fn: FilterFn, state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    converted = filter_fn(state_dict, model)
+    cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]  an attribute that timm's builder sets
+    adapted = [f"{cfg[part]}.{kind}" for part in ("classifier", "first_conv") for kind in ("weight", "bias")]
+    checkpoint.check(model, converted, adapted=adapted)
+    return converted
