@@ -25,8 +25,10 @@ $(VENV)/installed-%: pyproject.toml $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/bin/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
-	    echo "make: vssm needs Python 3.10 or newer, '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || true); try make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+	    echo "vssm needs Python 3.10 or newer, $(PYTHON) is $$($(PYTHON) --version 2>/dev/null || echo 'not a Python that runs')." \
+	        "Name another: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; \
+	    exit 1; }
 	@echo "==> creating $(VENV) with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv $(VENV) && $@ -m pip install --quiet --upgrade pip || { rm -rf $(VENV); exit 1; }
 
