@@ -19,7 +19,7 @@ def available_backends() -> tuple[str, ...]:
 _BACKENDS: dict[str, ModuleType] = {"torch": scan_torch}
 
 
-class use_backend:  # noqa: N801  a function to its callers
+class use_backend:
     """Selects the implementation of the scan, for good or, as a context manager, for a block.
 
     The choice is read when the op runs, so a compiled graph follows it without being compiled again.

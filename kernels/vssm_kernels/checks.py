@@ -96,7 +96,7 @@ def check_selective_scan(
     b, d, l = u.shape
     n = A.shape[-1]
     groups = next((m.shape[1] for m in (B, C) if m.ndim == 4), 1)
-    expect.context = f"for {d} channels, {l} tokens and {groups} groups"
+    expect.context = f"for {d} channels and {l} tokens" + (f" in {groups} groups" if groups > 1 else "")
     if groups < 1 or d % groups:
         raise ValueError(f"selective_scan: B has {groups} groups, which must divide the {d} channels")
     expect.shape("A", A, (d, n))
@@ -112,7 +112,7 @@ def check_selective_scan(
 
 
 def check_values(tokens: int, A: Tensor, order: Tensor | None, gap: Tensor | None) -> None:
-    """Raises ValueError for a positive ``A``, an ``order`` that leaves its tokens or repeats one, or a negative ``gap``.
+    """Raises ValueError for a positive ``A``, an ``order`` outside its tokens or a negative ``gap``.
 
     Reading values waits for the device, so this runs on the CPU, and on other devices only under ``VSSM_CHECK=1``,
     which also looks for a token that a direction visits twice.
@@ -121,7 +121,9 @@ def check_values(tokens: int, A: Tensor, order: Tensor | None, gap: Tensor | Non
     if A.device.type != "cpu" and not thorough:
         return
     if A.numel() and (highest := A.max().item()) > 0:
-        raise ValueError(f"scan: A must not be above 0, or the state grows without bound, got {highest:.4g}; pass -exp(A_log)")
+        raise ValueError(
+            f"scan: A must not be above 0, or the state grows without bound, got {highest:.4g}; pass -exp(A_log)"
+        )
     if order is not None and order.numel():
         low, high = (int(v) for v in order.aminmax())
         if low < 0 or high >= tokens:
@@ -142,16 +144,22 @@ class _Expectation:
     def kinds(self, tensors: dict[str, Tensor | None], A: Tensor) -> None:
         for name, tensor in tensors.items():
             if tensor is not None and tensor.dtype not in FLOATS:
-                raise ValueError(f"{self.function}: {name} must be float32, bfloat16 or float16, got {_short(tensor.dtype)}")
+                raise ValueError(
+                    f"{self.function}: {name} must be float32, bfloat16 or float16, got {_short(tensor.dtype)}"
+                )
         if A.is_complex():
-            raise ValueError(f"{self.function}: A must be real, got {_short(A.dtype)}; complex states are not supported")
+            raise ValueError(
+                f"{self.function}: A must be real, got {_short(A.dtype)}; complex states are not supported"
+            )
         if A.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"{self.function}: A must be float32, got {_short(A.dtype)}; pass -exp(A_log.float())")
 
     def same_device(self, first: Tensor, tensors: dict[str, Tensor | None]) -> None:
         for name, tensor in tensors.items():
             if tensor is not None and tensor.device != first.device:
-                raise ValueError(f"{self.function}: all tensors must be on {first.device}, got {name} on {tensor.device}")
+                raise ValueError(
+                    f"{self.function}: all tensors must be on {first.device}, got {name} on {tensor.device}"
+                )
 
     def integers(self, name: str, tensor: Tensor) -> None:
         if tensor.dtype not in INTEGERS:

@@ -72,7 +72,23 @@ def directional_scan(
     """
     check_directional_scan(x, dt, A, B, C, D, dt_weight, dt_bias, order, params, chain, gap, z, merge)
     y, state = torch.ops.vssm.scan(
-        x, dt, A, B, C, D, dt_weight, dt_bias, z, order, gap, softplus, params, chain, merge, return_last_state, out_dtype
+        x,
+        dt,
+        A,
+        B,
+        C,
+        D,
+        dt_weight,
+        dt_bias,
+        z,
+        order,
+        gap,
+        softplus,
+        params,
+        chain,
+        merge,
+        return_last_state,
+        out_dtype,
     )
     return (y, state) if return_last_state else y
 

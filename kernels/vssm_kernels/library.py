@@ -14,6 +14,8 @@ from vssm_kernels.backend import backend_for
 from vssm_kernels.checks import check_values
 from vssm_kernels.scan_call import DIFFERENTIABLE, ScanCall
 
+_Shape = tuple[int, ...]
+
 
 @torch.library.custom_op("vssm::scan", mutates_args=())
 def scan(
@@ -37,10 +39,27 @@ def scan(
 ) -> tuple[Tensor, Tensor]:
     """Result and last state of a directional scan; the state is empty unless ``return_last_state``."""
     call = ScanCall(
-        x, dt, A, B, C, D, dt_weight, dt_bias, z, order, gap, softplus, params, chain, merge, return_last_state, out_dtype
+        x,
+        dt,
+        A,
+        B,
+        C,
+        D,
+        dt_weight,
+        dt_bias,
+        z,
+        order,
+        gap,
+        softplus,
+        params,
+        chain,
+        merge,
+        return_last_state,
+        out_dtype,
     )
     check_values(call.tokens, A, order, gap)
-    return backend_for(x.device.type).forward(call)
+    with torch.autocast(x.device.type, enabled=False):  # it would reach into the body and round the products there
+        return backend_for(x.device.type).forward(call)
 
 
 @scan.register_fake
@@ -75,9 +94,26 @@ def scan_backward(
 ) -> list[Tensor]:
     """Gradients of the inputs that are present, in the order of ``DIFFERENTIABLE``."""
     call = ScanCall(
-        x, dt, A, B, C, D, dt_weight, dt_bias, z, order, gap, softplus, params, chain, merge, return_last_state, out_dtype
+        x,
+        dt,
+        A,
+        B,
+        C,
+        D,
+        dt_weight,
+        dt_bias,
+        z,
+        order,
+        gap,
+        softplus,
+        params,
+        chain,
+        merge,
+        return_last_state,
+        out_dtype,
     )
-    gradients = backend_for(x.device.type).backward(call, dy, dstate)
+    with torch.autocast(x.device.type, enabled=False):
+        gradients = backend_for(x.device.type).backward(call, dy, dstate)
     return [gradients[name].to(tensor.dtype) for name, tensor in _differentiable(call)]
 
 
@@ -112,14 +148,12 @@ scan_backward.register_autograd(_no_double_backward)
 
 
 @register_flop_formula(torch.ops.vssm.scan)
-def scan_flops(
-    x: tuple[int, ...], dt: tuple[int, ...], A: tuple[int, ...], B: object, C: object, D: object,
-    dt_weight: tuple[int, ...] | None, dt_bias: object, z: object, order: tuple[int, ...] | None, *_: object, **__: object,
-) -> int:  # fmt: skip
+def scan_flops(x: _Shape, dt: _Shape, A: _Shape, *others: Any, **_: Any) -> int:
     """Floating-point operations of a scan, from the shapes of its tensors: 9·b·k·d·t·n, the convention of the field.
 
     A low-rank step adds its product, 2·b·k·l·d·r.
     """
+    dt_weight, order = others[3], others[6]  # after B, C, D; after dt_bias, z
     batch, tokens, width = x[0], x[1], x[-1]
     sets, states = A[0], A[-1]
     directions, steps = (order[-2], order[-1]) if order is not None else (x[2] if len(x) == 4 else sets, tokens)

@@ -35,13 +35,17 @@ def selective_scan_ref(
     if delta_softplus:
         step = F.softplus(step)
 
-    def per_channel(matrix: Tensor) -> Tensor:  # -> (b, d, n, l)
+    def tokens_first(matrix: Tensor) -> Tensor:  # -> (l, b, d, n), or (l, b, 1, n) if all channels share it
         if matrix.ndim == 2:
-            return matrix.to(dtype)[None, :, :, None].expand(batch, -1, -1, length)
-        grouped = matrix if matrix.ndim == 4 else matrix[:, None]
-        return grouped.to(dtype).repeat_interleave(channels // grouped.shape[1], dim=1)
+            return matrix.to(dtype).expand(length, batch, -1, -1)
+        grouped = (matrix if matrix.ndim == 4 else matrix[:, None]).to(dtype).permute(3, 0, 1, 2)
+        groups = grouped.shape[2]
+        return grouped if groups == 1 else grouped.repeat_interleave(channels // groups, dim=2)
 
-    y, state = scan_loop(u.to(dtype), step, step, A.to(dtype), per_channel(B), per_channel(C))
+    inputs = u.to(dtype).permute(2, 0, 1)
+    step = step.permute(2, 0, 1)
+    y, state = scan_loop(inputs, step, step, A.to(dtype), tokens_first(B), tokens_first(C))
+    y = y.permute(1, 2, 0)
     if D is not None:
         y = y + D.to(dtype)[:, None] * u.to(dtype)
     if z is not None:
@@ -51,25 +55,25 @@ def selective_scan_ref(
 
 
 def scan_loop(u: Tensor, step: Tensor, decay_step: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
-    """The recurrence h = exp(decay_step·A) h + step·B·u, y = C·h, from a zero state.
+    """The recurrence h = exp(decay_step·A) h + step·B·u, y = C·h, from a zero state, token by token.
 
     Args:
-        u: Input, (b, d, l).
-        step: Step size of the input term, (b, d, l).
-        decay_step: Step size of the decay, (b, d, l).
-        A: Negative, (d, n) or (b, d, n).
-        B: (b, d, n, l).
-        C: (b, d, n, l).
+        u: Input, (l, b, d).
+        step: Step size of the input term, (l, b, d).
+        decay_step: Step size of the decay, (l, b, d).
+        A: Negative, (d, n).
+        B: (l, b, d, n), or (l, b, 1, n) if all channels share it.
+        C: As B.
 
     Returns:
-        y (b, d, l) and the last state (b, d, n).
+        y (l, b, d) and the last state (b, d, n).
     """
-    state = u.new_zeros(*u.shape[:2], A.shape[-1])
+    state = u.new_zeros(*u.shape[1:], A.shape[-1])
     outputs = []
-    for u_s, step_s, decay_s, B_s, C_s in zip(*(t.unbind(-1) for t in (u, step, decay_step, B, C)), strict=True):
+    for u_s, step_s, decay_s, B_s, C_s in zip(*(t.unbind(0) for t in (u, step, decay_step, B, C)), strict=True):
         state = torch.exp(decay_s[..., None] * A) * state + (step_s * u_s)[..., None] * B_s
         outputs.append((state * C_s).sum(-1))
-    return torch.stack(outputs, dim=-1), state
+    return torch.stack(outputs), state
 
 
 def directional_scan_ref(
@@ -102,8 +106,8 @@ def directional_scan_ref(
     order = order.long().expand(batch, directions, -1)  # (b, k, t)
     steps = order.shape[-1]
     dtype = _compute_dtype(x, A)
-    A, B, C = (None if t is None else t.to(dtype) for t in (A, B, C))
-    C = torch.ones_like(A[:, 0]) if C is None else C
+    A, B = A.to(dtype), B.to(dtype)
+    C = torch.ones_like(A[:, 0]) if C is None else C.to(dtype)
 
     raw = dt.to(dtype)
     if dt_weight is not None:
@@ -113,7 +117,7 @@ def directional_scan_ref(
     step, idle_step = activation(raw + bias), activation(bias)
 
     def rows(tensor: Tensor, direction: int, index: Tensor) -> Tensor:
-        """Rows ``index`` (b, t) of a (b, l, k, ...) tensor in one direction; one direction serves all if there is one."""
+        """Rows ``index`` (b, t) of a (b, l, k, ...) tensor in one direction; a single direction serves all."""
         picked = tensor[:, :, direction if tensor.shape[2] > 1 else 0]  # (b, l, c)
         return picked.gather(1, index[..., None].expand(-1, -1, picked.shape[-1]))
 
@@ -134,8 +138,9 @@ def directional_scan_ref(
         visits.append((u_i, step_i, step_i + dropped * idle, matrix(B, i, where), matrix(C, i, where)))
 
     def run(visit: tuple[Tensor, ...], A_i: Tensor) -> tuple[Tensor, Tensor]:
-        y, state = scan_loop(*(t.movedim(1, -1) for t in visit[:3]), A_i, *(t.movedim(1, -1) for t in visit[3:]))
-        return y.movedim(-1, 1), state  # (b, t, d), (b, d, n)
+        u_i, step_i, decay_i, B_i, C_i = (part.transpose(0, 1) for part in visit)
+        y, state = scan_loop(u_i, step_i, decay_i, A_i, B_i, C_i)
+        return y.transpose(0, 1), state  # (b, t, d), (b, d, n)
 
     if chain:
         y, state = run(tuple(torch.cat(parts, dim=1) for parts in zip(*visits, strict=True)), A[0])

@@ -32,19 +32,18 @@ def forward(call: ScanCall) -> tuple[Tensor, Tensor]:
         state = states[-1]
     result = result.view(call.result_shape)
     if call.z is not None:
-        result = result * F.silu(call.z.to(result.dtype))
+        result *= F.silu(call.z.to(result.dtype))
     last = state.transpose(-1, -2).clone(memory_format=torch.contiguous_format)
     return result.to(call.result_dtype), last if call.return_last_state else result.new_empty(0)
 
 
 def backward(call: ScanCall, dy: Tensor, dstate: Tensor) -> dict[str, Tensor]:
     """Gradients of the differentiable inputs of ``call``, by name, in the dtype of the arithmetic."""
-    dresult = dy.to(call.compute_dtype)
-    result = None
+    dy = dy.to(call.compute_dtype)
+    result, dresult = None, dy
     if call.z is not None:
-        z = call.z.to(call.compute_dtype)
         result = call.A.new_zeros(_rows(call.result_shape), call.width, dtype=call.compute_dtype)
-        dgate, dresult = dresult, dresult * F.silu(z)
+        dresult = dy * F.silu(call.z.to(call.compute_dtype))
     dresult = dresult.reshape(-1, call.width)
 
     grads = _Gradients(call)
@@ -58,11 +57,12 @@ def backward(call: ScanCall, dy: Tensor, dstate: Tensor) -> dict[str, Tensor]:
         path = _advance(call, inputs, starts.pop())
         if result is not None:
             _add_rows(result, segment.result_rows, _output(call, inputs, path.states))
-        dy = _take(dresult, segment.result_rows, call.compute_dtype)
-        dlater = _adjoint(call, segment, inputs, path, dy, dlater, grads)
-    if result is not None:
+        dy_rows = _take(dresult, segment.result_rows, call.compute_dtype)
+        dlater = _adjoint(call, segment, inputs, path, dy_rows, dlater, grads)
+    if call.z is not None and result is not None:
+        z = call.z.to(call.compute_dtype)
         gate = torch.sigmoid(z)
-        grads.by_name["z"] = dgate * result.view(call.result_shape) * gate * (1 + z * (1 - gate))
+        grads.by_name["z"] = dy * result.view(call.result_shape) * gate * (1 + z * (1 - gate))
     return grads.by_name
 
 
@@ -113,19 +113,29 @@ def _chunked(decay: Tensor, state: Tensor, reverse: bool) -> None:
 
 
 @dataclass(frozen=True)
-class _Segment:
-    """A run of steps of all sequences: which rows of the flattened tensors each step reads and writes, (t, b, k)."""
+class _Rows:
+    """Rows of a tensor flattened to (rows, c) that the steps of a segment touch."""
 
-    x_rows: Tensor  # of x as (b·l, d) or (b·l·k, d)
-    parameter_rows: Tensor  # of dt, B, C as (b·l·k, ...)
-    result_rows: Tensor  # of the result as (b·l, d) or (b·l·k, d)
+    index: Tensor  # (t, b, k)
+    shared: bool  # whether several directions touch the same row, so that writing means adding
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """A run of steps of all sequences."""
+
+    x_rows: _Rows  # of (b·l, d) or (b·l·k, d)
+    parameter_rows: _Rows  # of dt, B, C as (b·l·k, ...)
+    result_rows: _Rows  # of (b·l, d) or (b·l·k, d)
     gap: Tensor | None  # (t, b or 1, k)
 
 
 def _segments(call: ScanCall) -> Iterator[_Segment]:
     """Segments in the order of time. One never crosses the joint of two chained rows, so its tokens are distinct."""
     device, b, k, t = call.x.device, call.batch, call.directions, call.steps
-    order = torch.arange(t, device=device).expand(1, k, t) if call.order is None else call.order.reshape(-1, k, t).long()
+    order = (
+        torch.arange(t, device=device).expand(1, k, t) if call.order is None else call.order.reshape(-1, k, t).long()
+    )
     gap = None if call.gap is None else call.gap.reshape(-1, k, t)
     sequence = torch.arange(call.sequences, device=device)
     first_row = torch.arange(b, device=device)[:, None] * call.tokens
@@ -138,10 +148,11 @@ def _segments(call: ScanCall) -> Iterator[_Segment]:
             row = token
             if call.params == "step":
                 row = first_row + torch.arange(t, device=device)[steps, None, None]
+            apart, several = token * k + direction, k > 1
             yield _Segment(
-                x_rows=token if call.x.ndim == 3 else token * k + direction,
-                parameter_rows=row * call.sequences + sequence,
-                result_rows=token if call.merge else token * k + direction,
+                x_rows=_Rows(token, several) if call.x.ndim == 3 else _Rows(apart, False),
+                parameter_rows=_Rows(row * call.sequences + sequence, call.chain and several),
+                result_rows=_Rows(token, several) if call.merge else _Rows(apart, False),
                 gap=None if gap is None else gap[:, rows, steps].permute(2, 0, 1),
             )
 
@@ -179,10 +190,10 @@ def _read(call: ScanCall, segment: _Segment) -> _Inputs:
     )  # fmt: skip
 
 
-def _take(tensor: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows (t, b, k) of ``tensor`` flattened to (rows, c) -> (t, b, k, c)."""
+def _take(tensor: Tensor, rows: _Rows, dtype: torch.dtype) -> Tensor:
+    """``rows`` of ``tensor`` flattened to (rows, c) -> (t, b, k, c)."""
     flat = tensor.reshape(-1, tensor.shape[-1])
-    return flat.index_select(0, rows.reshape(-1)).to(dtype).unflatten(0, rows.shape)
+    return flat.index_select(0, rows.index.reshape(-1)).to(dtype).unflatten(0, rows.index.shape)
 
 
 def _read_matrix(matrix: Tensor, segment: _Segment, dtype: torch.dtype) -> Tensor:
@@ -212,7 +223,7 @@ class _Path:
 
 def _advance(call: ScanCall, inputs: _Inputs, start: Tensor) -> _Path:
     steps = inputs.step.shape[0]
-    decay = inputs.step.new_zeros(steps + 1, *start.shape)
+    decay = inputs.step.new_empty(steps + 1, *start.shape)
     torch.mul(inputs.decay_step[..., None, :], _rates(call), out=decay[:steps]).exp_()
     states = inputs.B * (inputs.step * inputs.x)[..., None, :]
     states[0].addcmul_(decay[0], start)
@@ -240,7 +251,9 @@ def _output(call: ScanCall, inputs: _Inputs, states: Tensor) -> Tensor:
 
 def _sum_over_states(matrix: Tensor, states: Tensor) -> Tensor:
     """Σ_n matrix·states, (t, b, k, d)."""
-    if states.shape[-2] == 1 or matrix.shape[-1] > 1:
+    if states.shape[-2] == 1:
+        return (matrix * states).squeeze(-2)
+    if matrix.shape[-1] > 1:
         return (matrix * states).sum(-2)
     return (matrix.transpose(-1, -2) @ states).squeeze(-2)
 
@@ -253,10 +266,13 @@ def _sum_over_channels(states: Tensor, rows: Tensor, matrix: Tensor) -> Tensor:
     return product if matrix.ndim == 5 else product.sum((0, 1))
 
 
-def _add_rows(target: Tensor, rows: Tensor, values: Tensor) -> None:
-    """Adds values (t, b, k, c) to rows (t, b, k) of target (rows, c); the rows of one direction are distinct."""
-    for i in range(rows.shape[2]):
-        index = rows[:, :, i].reshape(-1)
+def _add_rows(target: Tensor, rows: _Rows, values: Tensor) -> None:
+    """Adds values (t, b, k, c) to ``rows`` of target (rows, c), which starts from zero."""
+    if not rows.shared:
+        target.index_copy_(0, rows.index.reshape(-1), values.flatten(0, 2))
+        return
+    for i in range(values.shape[2]):  # the rows of one direction are distinct
+        index = rows.index[:, :, i].reshape(-1)
         target.index_copy_(0, index, target.index_select(0, index) + values[:, :, i].flatten(0, 1))
 
 
@@ -270,12 +286,12 @@ class _Gradients:
         present = ((name, getattr(call, name)) for name in DIFFERENTIABLE if name != "z")
         self.by_name = {name: zeros(tensor) for name, tensor in present if tensor is not None}
 
-    def add_rows(self, name: str, rows: Tensor, values: Tensor) -> None:
+    def add_rows(self, name: str, rows: _Rows, values: Tensor) -> None:
         """Adds (t, b, k, c) to the rows of a token tensor."""
         target = self.by_name[name]
         _add_rows(target.view(-1, target.shape[-1]), rows, values)
 
-    def add_matrix(self, name: str, rows: Tensor, values: Tensor) -> None:
+    def add_matrix(self, name: str, rows: _Rows, values: Tensor) -> None:
         """Adds the gradient of B or C as :func:`_sum_over_channels` gives it."""
         target = self.by_name[name]
         if target.ndim == 4:

@@ -1,0 +1,96 @@
+"""Wrong arguments of the scan: one line that names what was expected and what came."""
+
+import pytest
+import torch
+
+from vssm_kernels import directional_scan, selective_scan
+
+B, L, K, D, N, R = 2, 12, 4, 6, 3, 5
+
+
+def _directional(**changes) -> dict:
+    arguments = {
+        "x": torch.randn(B, L, D),
+        "dt": torch.randn(B, L, K, R),
+        "A": -torch.rand(K, D, N),
+        "B": torch.randn(B, L, K, N),
+        "C": torch.randn(B, L, K, N),
+        "dt_weight": torch.randn(K, D, R),
+        "order": torch.arange(L, dtype=torch.int32).expand(K, L),
+    }
+    return arguments | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"order": torch.zeros(2, L, dtype=torch.int32)},
+            r"A must be \(2, 6, 3\) for 2 directions, 12 tokens and width 6, got \(4, 6, 3\)",
+        ),
+        ({"order": torch.arange(L).expand(3, K, L)}, r"order must be \(4, 12\) or \(2, 4, 12\) .*got \(3, 4, 12\)"),
+        ({"order": torch.arange(L).expand(K, L).float()}, "order must hold integers, got float32"),
+        ({"order": torch.arange(1, L + 1).expand(K, L)}, "order must hold tokens 0 to 11, got 1 to 12"),
+        ({"order": torch.arange(-1, L - 1).expand(K, L)}, "order must hold tokens 0 to 11, got -1 to 10"),
+        ({"order": torch.zeros(K, L + 1, dtype=torch.int32)}, "order has 13 steps for 12 tokens"),
+        ({"x": torch.randn(B, D)}, r"x must be \(b, l, d\) or \(b, l, k, d\), got \(2, 6\)"),
+        ({"x": torch.randn(B, L, 3, D)}, r"x must be \(2, 12, 6\) or \(2, 12, 4, 6\) .*got \(2, 12, 3, 6\)"),
+        ({"x": torch.zeros(B, L, D, dtype=torch.int64)}, "x must be float32, bfloat16 or float16, got int64"),
+        ({"dt": torch.randn(B, L, K, D)}, r"dt must be \(2, 12, 4, 5\) .*got \(2, 12, 4, 6\)"),
+        ({"dt_weight": None}, r"dt must be \(2, 12, 4, 6\) .*got \(2, 12, 4, 5\)"),
+        ({"A": torch.rand(K, D, N)}, r"A must not be above 0.*got 0\.\d+; pass -exp\(A_log\)"),
+        ({"A": -torch.rand(K, D, N, dtype=torch.cfloat)}, "A must be real, got complex64"),
+        ({"A": -torch.rand(K, D, N).bfloat16()}, "A must be float32, got bfloat16"),
+        ({"B": torch.randn(B, L, K, N + 1)}, r"B must be \(2, 12, 4, 3\) or \(4, 3\) or \(4, 6, 3\)"),
+        ({"C": None}, "C=None returns the state, which needs n = 1, got n = 3"),
+        ({"D": torch.randn(D)}, r"D must be \(4, 6\).*got \(6,\)"),
+        ({"z": torch.randn(B, L, K, D)}, r"z must be \(2, 12, 6\).*got \(2, 12, 4, 6\)"),
+        ({"gap": -torch.ones(K, L, dtype=torch.int32)}, "gap must not be below 0, got -1"),
+        ({"gap": torch.ones(K, L)}, "gap must hold integers, got float32"),
+        ({"params": "tokens"}, "params must be 'token' or 'step', got 'tokens'"),
+        ({"B": torch.randn(B, L, K, N, device="meta")}, "all tensors must be on cpu, got B on meta"),
+    ],
+)
+def test_directional_scan_refuses(changes, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        directional_scan(**_directional(**changes))
+    assert "\n" not in str(caught.value)
+
+
+def _selective(**changes) -> dict:
+    matrix = torch.randn(B, N, L)
+    arguments = {
+        "u": torch.randn(B, D, L),
+        "delta": torch.rand(B, D, L),
+        "A": -torch.rand(D, N),
+        "B": matrix,
+        "C": matrix,
+    }
+    return arguments | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"u": torch.randn(B, L)}, r"u must be \(b, d, l\), got \(2, 12\)"),
+        ({"delta": torch.rand(B, L, D)}, r"delta must be \(2, 6, 12\) .*got \(2, 12, 6\)"),
+        ({"A": -torch.rand(N, D)}, r"A must be \(6, 6\) for 6 channels and 12 tokens, got \(3, 6\)"),
+        ({"A": -torch.rand(D, N, dtype=torch.cfloat)}, "A must be real"),
+        ({"B": torch.randn(B, 4, N, L)}, "4 groups, which must divide the 6 channels"),
+        ({"B": torch.randn(B, 2, N, L)}, r"C must be \(2, 2, 3, 12\) or \(6, 3\) .*got \(2, 3, 12\)"),
+        ({"D": torch.randn(L)}, r"D must be \(6,\)"),
+        ({"z": torch.randn(B, L, D)}, r"z must be \(2, 6, 12\)"),
+        ({"A": torch.rand(D, N)}, "A must not be above 0"),
+    ],
+)
+def test_selective_scan_refuses(changes, message):
+    with pytest.raises(ValueError, match=message):
+        selective_scan(**_selective(**changes))
+
+
+def test_repeated_token_is_found_on_request(monkeypatch):
+    order = torch.zeros(K, L, dtype=torch.int32)
+    directional_scan(**_directional(order=order))
+    monkeypatch.setenv("VSSM_CHECK", "1")
+    with pytest.raises(ValueError, match="distinct tokens"):
+        directional_scan(**_directional(order=order))
