@@ -1,0 +1,115 @@
+"""Labelled images, whatever they come from, and reading of image files that may be damaged."""
+
+import os
+import struct
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+from timm.data.readers.img_extensions import get_img_extensions
+from torch.utils.data import Dataset
+
+# What Pillow raises for damaged files, by format; none of these is a defect of ours.
+_DAMAGED = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    struct.error,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
+_MODES = {1: "L", 3: "RGB"}
+
+
+class UnreadableImage(ValueError):
+    """A file that is no image, or a truncated or otherwise damaged one, or one too large to be decoded."""
+
+
+class LabelledImages(Dataset):
+    """Images with the indices of their classes.
+
+    Args:
+        source: Where the images come from, for messages.
+        classes: Names of the classes.
+        targets: Class index per image.
+    """
+
+    def __init__(self, *, source: str, classes: Sequence[str], targets: Sequence[int]) -> None:
+        self.source = source
+        self.classes = tuple(classes)
+        self.targets = tuple(targets)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return self.load(index, channels=3), self.targets[index]
+
+    def load(self, index: int, *, channels: int) -> Image.Image:
+        """Decodes an image to 1 (grey) or 3 (colour) channels; raises `UnreadableImage`."""
+        raise NotImplementedError
+
+    def name(self, index: int) -> str:
+        """What to call an image in messages and results."""
+        raise NotImplementedError
+
+
+class ImageFiles(LabelledImages):
+    """Images in files.
+
+    Args:
+        paths: File per image.
+        source: Folder they come from.
+        classes: Names of the classes.
+        targets: Class index per image.
+    """
+
+    def __init__(self, paths: Sequence[Path], *, source: str, classes: Sequence[str], targets: Sequence[int]) -> None:
+        super().__init__(source=source, classes=classes, targets=targets)
+        self.paths = tuple(paths)
+
+    def load(self, index: int, *, channels: int) -> Image.Image:
+        """Reads a file to 1 (grey) or 3 (colour) channels; raises `UnreadableImage`."""
+        return read_image(self.paths[index], channels=channels)
+
+    def name(self, index: int) -> str:
+        """The file's path."""
+        return str(self.paths[index])
+
+
+def read_image(path: str | os.PathLike, *, channels: int = 3) -> Image.Image:
+    """Reads an image file whole.
+
+    Args:
+        path: Image file.
+        channels: 1 for grey, 3 for colour.
+
+    Returns:
+        The decoded image, of mode ``"L"`` or ``"RGB"``.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        UnreadableImage: It is no image, is damaged, or would decode to more than Pillow's limit of pixels.
+        ValueError: ``channels`` is something else.
+    """
+    if channels not in _MODES:
+        raise ValueError(f"read_image: expected 1 (grey) or 3 (colour) channels, got {channels}")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such image file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                return image.convert(_MODES[channels])
+    except _DAMAGED as error:
+        reason = f"{error}".replace(f" {str(path)!r}", "") or type(error).__name__
+        raise UnreadableImage(f"{path}: not a readable image ({reason})") from error
+
+
+def find_images(folder: str | os.PathLike) -> list[Path]:
+    """Image files in a folder and the folders in it, by their suffixes, in the order of their paths."""
+    suffixes = get_img_extensions(as_set=True)
+    return sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in suffixes and path.is_file())

@@ -1,0 +1,230 @@
+"""Batches for training and evaluation, on timm's transforms; files that cannot be read are left out and counted."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_transform
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data.distributed_sampler import RepeatAugSampler
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, get_worker_info
+
+from vssm.data.images import LabelledImages, UnreadableImage
+
+_logger = logging.getLogger(__name__)
+_TOLERATED = 0.01  # share of unreadable files that an epoch may have
+
+
+@dataclass(frozen=True)
+class InputConfig:
+    """How images become the input of a model.
+
+    Args:
+        channels: 1 for grey, 3 for colour.
+        height: In pixels.
+        width: In pixels.
+        mean: Per channel, of values from 0 to 1; subtracted.
+        std: Per channel; divided by.
+        interpolation: bilinear, bicubic or nearest.
+        crop_pct: Part of the resized image's side that evaluation sees.
+    """
+
+    channels: int = 3
+    height: int = 224
+    width: int = 224
+    mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
+    std: tuple[float, ...] = IMAGENET_DEFAULT_STD
+    interpolation: str = "bicubic"
+    crop_pct: float = 0.875
+
+    def transform(self) -> Any:
+        """The transform of evaluation: an image to a tensor (channels, height, width)."""
+        options = asdict(self)
+        size = (options.pop("channels"), options.pop("height"), options.pop("width"))
+        return create_transform(size, is_training=False, **options)
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random changes of training images, by the names of timm.
+
+    Args:
+        scale: Smallest and largest part of the image's area that a random crop takes.
+        hflip: Probability of a horizontal flip.
+        color_jitter: Strength of changes of brightness, contrast and saturation; unused with ``aa``.
+        aa: Policy such as ``rand-m9-mstd0.5-inc1``; empty for none.
+        reprob: Probability of erasing a random rectangle.
+        interpolation: bilinear, bicubic or random.
+        repeats: Copies of an image in an epoch, which then sees as many times fewer images.
+    """
+
+    scale: tuple[float, float] = (0.08, 1.0)
+    hflip: float = 0.5
+    color_jitter: float = 0.4
+    aa: str = ""
+    reprob: float = 0.0
+    interpolation: str = "random"
+    repeats: int = 1
+
+    def transform(self, config: InputConfig) -> Any:
+        """The transform of training: an image to a tensor (channels, height, width)."""
+        return create_transform(
+            (config.channels, config.height, config.width),
+            is_training=True,
+            scale=self.scale,
+            hflip=self.hflip,
+            color_jitter=self.color_jitter,
+            auto_augment=self.aa or None,
+            interpolation=self.interpolation,
+            mean=config.mean,
+            std=config.std,
+            re_prob=self.reprob,
+            re_mode="pixel",
+        )
+
+
+class Batch(NamedTuple):
+    """What a loader yields.
+
+    Args:
+        images: (b, c, h, w).
+        targets: Class indices (b,).
+        indices: Places of the images in the data set (b,).
+        unreadable: Why files were left out, one message each.
+    """
+
+    images: Tensor
+    targets: Tensor
+    indices: Tensor
+    unreadable: list[str]
+
+
+class _Transformed(Dataset):
+    """Tensors of images, or the reason why there is none."""
+
+    def __init__(self, images: LabelledImages, *, channels: int, transform: Any) -> None:
+        self.images = images
+        self.channels = channels
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, int] | str:
+        try:
+            image: Image.Image = self.images.load(index, channels=self.channels)
+        except UnreadableImage as error:
+            return str(error)
+        return self.transform(image), self.images.targets[index], index
+
+
+def train_loader(
+    images: LabelledImages,
+    config: InputConfig,
+    augmentation: Augmentation,
+    *,
+    batch_size: int,
+    workers: int = 0,
+    pin_memory: bool = False,
+) -> DataLoader:
+    """Batches in a random order, which ``loader.sampler.set_epoch(n)`` chooses; the rest of an epoch is dropped.
+
+    Args:
+        images: Training images.
+        config: Input of the model.
+        augmentation: Random changes.
+        batch_size: Images per batch; all of them when there are fewer.
+        workers: Processes that read images; 0 to read in this one.
+        pin_memory: Put batches where a GPU can fetch them.
+
+    Returns:
+        A loader of `Batch`.
+    """
+    dataset = _Transformed(images, channels=config.channels, transform=augmentation.transform(config))
+    sampler: RepeatAugSampler | DistributedSampler = (
+        RepeatAugSampler(dataset, num_replicas=1, rank=0, num_repeats=augmentation.repeats)
+        if augmentation.repeats > 1
+        else DistributedSampler(dataset, num_replicas=1, rank=0)
+    )
+    return DataLoader(
+        dataset,
+        batch_size=min(batch_size, len(sampler)),
+        sampler=sampler,
+        drop_last=True,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        collate_fn=_collate,
+        worker_init_fn=_seed_numpy,
+    )
+
+
+def eval_loader(
+    images: LabelledImages, config: InputConfig, *, batch_size: int, workers: int = 0, pin_memory: bool = False
+) -> DataLoader:
+    """Batches of all images in their order, without random changes; arguments as in `train_loader`."""
+    return DataLoader(
+        _Transformed(images, channels=config.channels, transform=config.transform()),
+        batch_size=batch_size,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        collate_fn=_collate,
+    )
+
+
+class ReadingCheck:
+    """Counts the files of one pass that cannot be read, and ends the pass when they are too many.
+
+    Args:
+        source: Where the images come from.
+        total: Number of files in the pass.
+    """
+
+    def __init__(self, source: str, total: int) -> None:
+        self.source = source
+        self.total = total
+        self.unreadable: list[str] = []
+
+    def update(self, batch: Batch) -> None:
+        """Counts what a batch left out.
+
+        Raises:
+            ValueError: More than 1 % of the files of the pass cannot be read.
+        """
+        self.unreadable += batch.unreadable
+        if len(self.unreadable) > _TOLERATED * self.total:
+            raise ValueError(
+                f"{self.source}: {len(self.unreadable)} of {self.total} files cannot be read, more than 1 % of them; "
+                f"the first: {self.unreadable[0]}"
+            )
+
+    def warn(self) -> None:
+        """Says at the end of a pass how many files were skipped, if any."""
+        if self.unreadable:
+            _logger.warning(
+                "%s: skipped %d of %d files; the first: %s",
+                self.source,
+                len(self.unreadable),
+                self.total,
+                self.unreadable[0],
+            )
+
+
+def _collate(items: Sequence[tuple[Tensor, int, int] | str]) -> Batch:
+    readable = [item for item in items if not isinstance(item, str)]
+    unreadable = [item for item in items if isinstance(item, str)]
+    images = torch.stack([image for image, _, _ in readable]) if readable else torch.empty(0)
+    targets = torch.tensor([target for _, target, _ in readable], dtype=torch.long)
+    indices = torch.tensor([index for _, _, index in readable], dtype=torch.long)
+    return Batch(images, targets, indices, unreadable)
+
+
+def _seed_numpy(worker: int) -> None:
+    """Gives numpy the worker's seed, as torch has done for its own and Python's generator."""
+    info = get_worker_info()
+    assert info is not None, f"worker {worker} is a worker"
+    np.random.seed(info.seed % 2**32)
