@@ -1,0 +1,68 @@
+"""Official keys load strictly, and the networks compute what the official code computes."""
+
+import pytest
+import torch
+from torch import nn
+
+import vssm
+from golden import records
+
+RECORDS = {
+    "vim/vim_tiny": ("vim_tiny_patch16_224", {}),
+    "vim/vim_tiny@160x256": ("vim_tiny_patch16_224", {"img_size": (160, 256)}),
+    "vim/vim_tiny_stride8": ("vim_tiny_patch16_stride8_224", {}),
+}
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_classifier_computes_the_official_outputs(name, device):
+    record = records.load(name)
+    model_name, arguments = RECORDS[name]
+    model = vssm.create_model(model_name, **arguments).eval()
+    assert sum(parameter.numel() for parameter in model.parameters()) == record.num_params
+    vssm.checkpoint.load(model, record.state_dict)
+    model, images = model.to(device), record.images.to(device)
+
+    with torch.no_grad():
+        tokens, maps = model.forward_intermediates(images, indices=(5, 11, 17, 23))
+        (last,) = model.forward_intermediates(images, indices=1, norm=True, intermediates_only=True)
+        record.check("logits", model.forward_head(tokens))
+
+    record.check("cls", tokens[:, model.class_token_index(tokens.shape[1])])
+    record.check("stage0", last)
+    for block, each in zip((5, 11, 17, 23), maps, strict=True):
+        record.check(f"block{block}", each)
+
+
+def _official_fpn(dim: int) -> nn.ModuleDict:
+    """The four levels that the official segmentation backbone of Vim makes of its one."""
+    return nn.ModuleDict(
+        {
+            "fpn1": nn.Sequential(
+                nn.ConvTranspose2d(dim, dim, 2, 2), nn.BatchNorm2d(dim), nn.GELU(), nn.ConvTranspose2d(dim, dim, 2, 2)
+            ),
+            "fpn2": nn.Sequential(nn.ConvTranspose2d(dim, dim, 2, 2)),
+            "fpn3": nn.Identity(),
+            "fpn4": nn.MaxPool2d(2, 2),
+        }
+    )
+
+
+def test_segmentation_backbone_of_vim(device):
+    record = records.load("vim/vim_tiny_seg@256x256")
+    model = vssm.create_model(
+        "vim_tiny_patch16_224", img_size=256, class_token=False, global_pool="", num_classes=0
+    ).eval()
+    fpn = _official_fpn(model.embed_dim).eval()
+    fpn.load_state_dict({key: value for key, value in record.state_dict.items() if key.startswith("fpn")})
+    vssm.checkpoint.load(model, {key: value for key, value in record.state_dict.items() if not key.startswith("fpn")})
+    model, fpn = model.to(device), fpn.to(device)
+
+    outputs = []  # of the mixers: the official backbone leaves the residual stream out
+    for block in (5, 11, 17, 23):
+        model.blocks[block].mixer.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    with torch.no_grad():
+        model(record.images.to(device))
+        for level, tokens in enumerate(outputs):
+            patches = tokens.unflatten(1, model.grid_size).permute(0, 3, 1, 2)
+            record.check(f"stage{level}", fpn[f"fpn{level + 1}"](patches))
