@@ -104,9 +104,6 @@ def check(model: nn.Module, state_dict: Mapping[str, Tensor], *, adapted: Collec
 def load(model: nn.Module, source: Mapping[str, Tensor] | str | os.PathLike) -> None:
     """Loads weights into a model, strictly.
 
-    Official keys are brought to the model's by the ``checkpoint_filter_fn`` of the module that defines its class, which
-    is where timm and vssm keep it.
-
     Args:
         model: The model.
         source: State dict or checkpoint file.
@@ -115,12 +112,22 @@ def load(model: nn.Module, source: Mapping[str, Tensor] | str | os.PathLike) -> 
         FileNotFoundError: If there is no such file.
         ValueError: If the file cannot be read, or its weights are those of another model or another number of classes.
     """
-    state_dict = dict(source) if isinstance(source, Mapping) else read(source)
-    filter_fn = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    if filter_fn is not None:
-        state_dict = filter_fn(state_dict, model)
+    state_dict = to_model_keys(source if isinstance(source, Mapping) else read(source), model)
     check(model, state_dict)
     model.load_state_dict(state_dict)
+
+
+def to_model_keys(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Brings official keys to a model's own.
+
+    This is the work of ``checkpoint_filter_fn`` in the module that defines the model's class, which is where timm and
+    vssm keep it; without one the keys stay as they are.
+
+    Raises:
+        ValueError: If the state dict has a key that the function does not know.
+    """
+    filter_fn = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    return dict(state_dict) if filter_fn is None else filter_fn(dict(state_dict), model)
 
 
 def write(path: str | os.PathLike, state_dict: Mapping[str, Tensor], record: Mapping[str, Any]) -> dict[str, Any]:
