@@ -133,8 +133,9 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> No
 
 
 def _scan_autograd(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
-    call = ScanCall(*ctx.saved_tensors, *ctx.options)
-    gradients = torch.ops.vssm.scan_backward(dy, dstate, *ctx.saved_tensors, *ctx.options)
+    arguments = (*ctx.saved_tensors, *ctx.options)  # read once: activation checkpointing allows no second time
+    call = ScanCall(*arguments)
+    gradients = torch.ops.vssm.scan_backward(dy, dstate, *arguments)
     by_name = dict(zip((name for name, _ in _differentiable(call)), gradients, strict=True))
     return (*(by_name.get(name) for name in DIFFERENTIABLE), None, None, *(None for _ in ctx.options))
 
