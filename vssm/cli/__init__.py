@@ -28,15 +28,14 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         Exit status: 0, 1 for a failure, 2 for bad usage, 130 when interrupted.
     """
-    arguments = sys.argv[1:] if argv is None else list(argv)
+    arguments = sys.argv[1:] if argv is None else argv
     program = "vssm"
     try:
-        command = _select(arguments)
-        if command is None:
-            return 0
-        program = f"vssm {command}"
-        status = _run(command, arguments[1:])
-        sys.stdout.flush()
+        command, status = _select(arguments), 0
+        if command is not None:
+            program = f"vssm {command}"
+            status = _run(command, arguments[1:])
+        sys.stdout.flush()  # so that a reader who has left is noticed here
         return status
     except SystemExit as leaving:  # argparse leaves so after --help
         return leaving.code if isinstance(leaving.code, int) else 0

@@ -51,17 +51,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Returns ``"; did you mean train?"`` with the known words most like ``word``, or a list of all of them.
+    """Returns ``"; did you mean train?"`` with the known word most like ``word``, or a list of all when none is.
 
     Args:
         word: What came.
         known: What would have been understood.
     """
     names = sorted(known)
-    matches = difflib.get_close_matches(word, names, n=3, cutoff=0.6)
-    if matches:
-        return f"; did you mean {' or '.join(matches)}?"
-    return f"; known are {', '.join(names)}"
+    matches = difflib.get_close_matches(word, names, n=1)
+    return f"; did you mean {matches[0]}?" if matches else f"; known are {', '.join(names)}"
 
 
 def positive_int(text: str) -> int:

@@ -4,7 +4,6 @@ import argparse
 import re
 
 import torch
-from vssm_kernels import available_backends, use_backend
 
 from vssm.cli import UsageError
 from vssm.cli._options import image_size, picture_path, positive_int, results_path
@@ -12,6 +11,7 @@ from vssm.engine.benchmark import Setting, benchmark_models
 from vssm.engine.benchmark_op import DEFAULT_SHAPES, benchmark_op
 from vssm.engine.plot import line_plot
 from vssm.engine.records import print_table, write_results
+from vssm_kernels import available_backends, use_backend
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _MODEL_COLUMNS = ["model", "img_size", "params_m", "latency_ms", "batch_size", "images_per_s", "peak_memory_mib"]

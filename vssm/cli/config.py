@@ -35,25 +35,28 @@ def parse_with_config(parser: Parser, argv: list[str]) -> argparse.Namespace:
     before.add_argument("--config", type=Path)
     path = before.parse_known_args(argv)[0].config
     if path is not None and not {"-h", "--help"}.intersection(argv):
+        unset = {action.dest: action.default for action in parser._actions}
         for file in (path.with_name(_DEFAULT_FILE), path):
             if file == path or file.is_file():
-                _take_defaults(parser, file)
+                _take_defaults(parser, file, unset)
     return parser.parse_args(argv)
 
 
-def _take_defaults(parser: Parser, file: Path) -> None:
-    """Makes the values of one YAML file the parser's defaults."""
+def _take_defaults(parser: Parser, file: Path, unset: dict[str, object]) -> None:
+    """Makes the values of one YAML file the parser's defaults; ``unset`` are those that it had without files."""
     actions = _actions_by_key(parser)
     for key, value in _read(file).items():
         name = key.replace("_", "-")
         if name not in actions:
             raise UsageError(f"{file}: unknown key {key!r}{nearest(name, actions)}")
         action = actions[name]
+        if _unsets(action, value):
+            parser.set_defaults(**{action.dest: unset[action.dest]})
+            continue
         try:
-            default = _checked(action, name, value)
+            parser.set_defaults(**{action.dest: _checked(action, name, value)})
         except UsageError as error:
             raise UsageError(f"{file}: {error}") from None
-        parser.set_defaults(**{action.dest: default})
         _make_optional(action)
 
 
@@ -81,15 +84,17 @@ def _actions_by_key(parser: Parser) -> dict[str, argparse.Action]:
     return actions
 
 
+def _unsets(action: argparse.Action, value: object) -> bool:
+    """Whether a value says that the option is not given: null, or false for a flag without a negative form."""
+    flag = action.nargs == 0 and not isinstance(action, argparse.BooleanOptionalAction)
+    return isinstance(value, str) and (value.lower() in _UNSET or (flag and value.lower() in _FALSE))
+
+
 def _checked(action: argparse.Action, name: str, value: str | list | dict) -> object:
     """The value as the parser would have stored it.
 
     A parser of this one action does the work, so that type, choices and number of values are checked in one place.
     """
-    if isinstance(value, str) and value.lower() in _UNSET:
-        return action.default
-    if action.nargs == 0 and isinstance(value, str) and value.lower() in _FALSE and not _has_negative(action):
-        return action.default
     parser = Parser(prog="", add_help=False)
     parser._add_action(action)
     return getattr(parser.parse_args(_tokens(action, name, value)), action.dest)
@@ -102,7 +107,7 @@ def _tokens(action: argparse.Action, name: str, value: str | list | dict) -> lis
         raise UsageError(f"{name}: expected a value or a list of values, got {value}")
     if action.nargs == 0:
         assert option is not None, "positional arguments take values"
-        return [option if _as_bool(name, value) else f"--no-{name}"]
+        return [option if _as_bool(name, value) else _negative(option)]
     if isinstance(value, list) and action.nargs in (None, "?"):
         raise UsageError(f"{name}: expected one value, got a list of {len(value)}")
     values = value if isinstance(value, list) else [value]
@@ -111,14 +116,14 @@ def _tokens(action: argparse.Action, name: str, value: str | list | dict) -> lis
     return [f"{option}={value}"] if isinstance(value, str) else [option, *values]
 
 
+def _negative(option: str) -> str:
+    return f"--{option[5:]}" if option.startswith("--no-") else f"--no-{option[2:]}"
+
+
 def _as_bool(name: str, value: str | list) -> bool:
     if isinstance(value, str) and value.lower() in (*_TRUE, *_FALSE):
         return value.lower() in _TRUE
     raise UsageError(f"{name}: expected true or false, got {value!r}")
-
-
-def _has_negative(action: argparse.Action) -> bool:
-    return isinstance(action, argparse.BooleanOptionalAction)
 
 
 def _make_optional(action: argparse.Action) -> None:

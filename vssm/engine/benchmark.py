@@ -100,10 +100,11 @@ def _measure_inference(model: Callable[[Tensor], Tensor], shape: tuple[int, ...]
         images = torch.randn(batch_size, *shape, device=setting.device)
         return _rates(step(images), batch_size, _bytes_of([*_tensors(module), images]), setting)
 
+    rates = _halving(measure, setting.batch_size)
     one_image = torch.randn(1, *shape, device=setting.device)
     times = measure_time(step(one_image), setting.device, warmup=setting.warmup, repeats=setting.repeats)
     latency = {"latency_ms": times["median"], "latency_p10_ms": times["p10"], "latency_p90_ms": times["p90"]}
-    return latency | _halving(measure, setting.batch_size)
+    return latency | rates
 
 
 def _measure_training(model: Callable[[Tensor], Tensor], shape: tuple[int, ...], setting: Setting) -> dict:

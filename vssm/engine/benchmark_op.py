@@ -5,11 +5,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from vssm_kernels import directional_scan, selective_scan
-from vssm_kernels.reference import selective_scan_ref
 
 from vssm.engine.records import environment
 from vssm.engine.timing import measure_memory, measure_time
+from vssm_kernels import directional_scan, selective_scan
+from vssm_kernels.reference import selective_scan_ref
 
 DEFAULT_SHAPES = ((1, 192, 1, 3136), (1, 384, 16, 197))
 

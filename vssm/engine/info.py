@@ -5,10 +5,10 @@ from math import prod
 from typing import NamedTuple
 
 import torch
-import vssm_kernels  # noqa: F401  registers torch.ops.vssm.scan and its formula
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import vssm_kernels  # noqa: F401  registers torch.ops.vssm.scan and its formula
 from vssm.engine.published import PUBLISHED
 from vssm.engine.zoo import count_parameters, create_by_name, input_size
 
