@@ -20,7 +20,7 @@ def build_backbone(
     pretrained: bool,
     *,
     checkpoint_filter_fn: FilterFn,
-    out_indices: Sequence[int],
+    levels: Sequence[int],
     pretrained_cfg: Any = None,
     pretrained_cfg_overlay: dict[str, Any] | None = None,
     cache_dir: str | Path | None = None,
@@ -37,7 +37,7 @@ def build_backbone(
         variant: Registered name.
         pretrained: Whether to load weights.
         checkpoint_filter_fn: Brings an official state dict to the model's keys.
-        out_indices: Default levels of ``features_only``.
+        levels: Default ``out_indices`` of ``features_only``.
         pretrained_cfg: As timm passes it: a tag, a configuration, or None for the default one.
         pretrained_cfg_overlay: Entries that override the configuration's, such as ``{"file": path}``.
         cache_dir: Folder for downloads; that of ``torch.hub`` when not given.
@@ -60,7 +60,7 @@ def build_backbone(
         pretrained_cfg=pretrained_cfg,
         pretrained_cfg_overlay=overlay,
         pretrained_filter_fn=partial(_filter, checkpoint_filter_fn),
-        feature_cfg={"out_indices": tuple(out_indices), "feature_cls": "getter"},
+        feature_cfg={"out_indices": tuple(levels), "feature_cls": "getter"},
         cache_dir=cache_dir,
         **kwargs,
     )

@@ -270,7 +270,7 @@ def _create_vim(variant: str, pretrained: bool = False, **kwargs: Any) -> Vim:
         variant,
         pretrained,
         checkpoint_filter_fn=checkpoint_filter_fn,
-        out_indices=sorted({max(depth * quarter // 4, 1) - 1 for quarter in (1, 2, 3, 4)}),
+        levels=sorted({max(depth * quarter // 4, 1) - 1 for quarter in (1, 2, 3, 4)}),
         **kwargs,
     )
 
