@@ -1,0 +1,62 @@
+"""Every registered variant: published parameter counts, and default configurations that hold together."""
+
+import pytest
+import timm
+import torch
+from timm.models import get_arch_pretrained_cfgs
+
+import vssm
+
+# Exact where the official model was counted, in millions to the published digits elsewhere.
+PARAMETERS = {
+    "vim_tiny_patch16_224": 7_148_008,
+    "vim_tiny_patch16_stride8_224": 7_250_344,
+    "vim_small_patch16_224": 25.797,
+    "vim_small_patch16_stride8_224": 26.001,
+    "vim_base_patch16_224": 97.598,
+}
+VARIANTS = [name for name in vssm.list_models() if not name.startswith("test_")]
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request):
+    with torch.device("meta"):
+        return request.param, timm.create_model(request.param)
+
+
+def test_parameter_count(variant):
+    name, model = variant
+    count = sum(parameter.numel() for parameter in model.parameters())
+    published = PARAMETERS[name]
+    assert count == published if isinstance(published, int) else round(count / 1e6, 3) == published
+
+
+def test_default_configuration(variant):
+    name, model = variant
+    for cfg in get_arch_pretrained_cfgs(name).values():
+        assert cfg.url.startswith("https://")
+        assert cfg.license
+        assert cfg.origin_url
+        assert cfg.paper_ids
+        assert model.get_submodule(cfg.first_conv).in_channels == cfg.input_size[0]
+        assert model.get_submodule(cfg.classifier).out_features == cfg.num_classes
+    assert model(torch.empty(1, *model.pretrained_cfg["input_size"], device="meta")).shape == (1, 1000)
+
+
+def test_lists():
+    assert set(PARAMETERS) == set(VARIANTS)
+    assert vssm.list_models("vim_small*") == ["vim_small_patch16_224", "vim_small_patch16_stride8_224"]
+    assert vssm.list_models("vim_base*", pretrained=True) == ["vim_base_patch16_224.in1k"]
+    assert "test_vim" not in vssm.list_models(pretrained=True)
+    assert vssm.list_models(family="vim") == vssm.list_models()
+    assert not set(vssm.list_models()) & {"resnet18", "vit_base_patch16_224"}
+    with pytest.raises(ValueError, match="unknown family 'vmi', expected one of vim"):
+        vssm.list_models(family="vmi")
+
+
+def test_unknown_names():
+    with pytest.raises(ValueError, match=r"unknown model 'vim_tny_patch16_224'.* vim_tiny_patch16_224"):
+        vssm.create_model("vim_tny_patch16_224")
+    with pytest.raises(ValueError, match=r"unknown weights .*in22k', expected one of vim_tiny_patch16_224.in1k"):
+        vssm.create_model("vim_tiny_patch16_224.in22k")
+    assert vssm.create_model("vim_tiny_patch16_224.in1k", depth=1).num_features == 192
