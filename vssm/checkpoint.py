@@ -216,7 +216,9 @@ def _load_pickle(path: Path, trust_pickle: bool) -> Any:
                 f"you trust its origin, convert it: vssm convert {path} --model NAME --trust-pickle"
             ) from error
         raise _unreadable(path, error) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, ImportError, IndexError) as error:
+    except ImportError as error:
+        raise ValueError(f"checkpoint.read: {str(path)!r} needs a package that is not installed ({error})") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, IndexError) as error:
         raise _unreadable(path, error) from error
 
 
