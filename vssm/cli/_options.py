@@ -4,7 +4,10 @@ import argparse
 import difflib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    import torch
 
 
 class UsageError(Exception):
@@ -91,6 +94,22 @@ def results_path(text: str) -> Path:
 def picture_path(text: str) -> Path:
     """Type of an option that names a picture: a .png, .svg or .pdf file, refused before any work is done."""
     return _path_with_suffix(text, (".png", ".svg", ".pdf"))
+
+
+def device(text: str) -> "torch.device":
+    """Type of ``--device``: a device that is there."""
+    import torch  # not at the top: it takes a second, which every command would pay
+
+    try:
+        place = torch.device(text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"expected a device such as cpu or cuda:0, got {text!r}") from None
+    available = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if (place.index or 0) >= available.get(place.type, 0):
+        raise argparse.ArgumentTypeError(
+            f"no device {text!r} here: torch sees {torch.cuda.device_count()} CUDA devices"
+        )
+    return place
 
 
 def _path_with_suffix(text: str, suffixes: tuple[str, ...]) -> Path:

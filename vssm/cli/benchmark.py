@@ -6,7 +6,7 @@ import re
 import torch
 
 from vssm.cli import UsageError
-from vssm.cli._options import image_size, picture_path, positive_int, results_path
+from vssm.cli._options import device, image_size, picture_path, positive_int, results_path
 from vssm.engine.benchmark import Setting, benchmark_models
 from vssm.engine.benchmark_op import DEFAULT_SHAPES, benchmark_op
 from vssm.engine.plot import line_plot
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("models", nargs="*", metavar="MODEL", help="models of vssm, or of timm to compare with")
     _add_model_arguments(parser.add_argument_group("models"))
     _add_op_arguments(parser.add_argument_group("the scan alone"))
-    parser.add_argument("--device", type=_device, help="cpu, cuda, cuda:1 ...; a GPU by default if there is one")
+    parser.add_argument("--device", type=device, help="cpu, cuda, cuda:1 ...; a GPU by default if there is one")
     parser.add_argument("--backend", choices=("auto", *available_backends()), default="auto", help="of the scan")
     parser.add_argument(
         "--amp-dtype", choices=sorted(_DTYPES), help="half precision: autocast of models, inputs of --op"
@@ -140,16 +140,3 @@ def _repeats(text: str) -> int:
     if value < 2:
         raise argparse.ArgumentTypeError("expected at least 2, from which a spread can be computed, got 1")
     return value
-
-
-def _device(text: str) -> torch.device:
-    try:
-        device = torch.device(text)
-    except RuntimeError:
-        raise argparse.ArgumentTypeError(f"expected a device such as cpu or cuda:0, got {text!r}") from None
-    available = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    if (device.index or 0) >= available.get(device.type, 0):
-        raise argparse.ArgumentTypeError(
-            f"no device {text!r} here: torch sees {torch.cuda.device_count()} CUDA devices"
-        )
-    return device
