@@ -1,0 +1,7 @@
+"""``vssm validate`` as a script."""
+
+import sys
+
+from vssm.cli import main
+
+sys.exit(main(["validate", *sys.argv[1:]]))

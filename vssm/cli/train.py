@@ -1,0 +1,200 @@
+"""Train a classifier on class folders, or on the embedded digits."""
+
+import argparse
+import logging
+import re
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from vssm.cli import UsageError
+from vssm.cli._options import device, positive_int
+from vssm.cli._training import AMP_DTYPES, add_model_arguments, chosen_device, count, model_options, number
+from vssm.engine.checkpoints import STATE_FILE, read_state
+from vssm.engine.recipe import DIGITS, Recipe
+from vssm.engine.train import Setting, train
+
+_DEFAULTS = Recipe()
+_SEED_LIMIT = 2**32 - 1
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of this command. Those of the recipe default to None, which stands for the recipe's value."""
+    parser.add_argument(
+        "data_dir",
+        nargs="?",
+        type=Path,
+        metavar="DATA",
+        help="folder with class folders in train/ and val/; the embedded digits, with settings of their own, if absent",
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="new or empty folder; output/MODEL-DATE-TIME if absent"
+    )
+    parser.add_argument(
+        "--resume",
+        metavar="auto|PATH",
+        help="go on with the run in a folder, with its settings; auto: with the one in --output, if there is one",
+    )
+    parser.add_argument("--initial-checkpoint", type=Path, metavar="FILE", help="weights to start from")
+    parser.add_argument("--device", type=device, help="cpu, cuda, cuda:1 ...; a GPU by default if there is one")
+    parser.add_argument("--workers", type=count, metavar="N", help="processes that read images (default: 4, digits: 0)")
+    parser.add_argument("--seed", type=_seed, help=_help("seed", "of weights, order of images and augmentation"))
+    add_model_arguments(parser.add_argument_group("model", "None given: as the model itself says"))
+    _add_optimization(parser.add_argument_group("optimization"))
+    _add_augmentation(parser.add_argument_group("augmentation"))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Trains and says what came of it."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    resume = _state_to_resume(args)
+    recipe, setting = _what_and_where(args, resume)
+    data = setting.data_dir or "the embedded digits"
+    print(f"training {recipe.model} on {data}, {recipe.epochs} epochs on {setting.device}, into {setting.output}")
+    with _interrupted_by_sigterm():
+        record = train(recipe, setting, resume=resume)
+    print(
+        f"held-out top-1 {record['top1']:.2f} %, top-5 {record['top5']:.2f} %, "
+        f"loss {record['loss']:.4f} on {record['held_out_images']} images after {record['seconds']:.0f} s"
+    )
+    print(f"weights: {record['checkpoint']}")
+    return 0
+
+
+def _add_optimization(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--batch-size", type=positive_int, metavar="N", help=_help("batch_size", "images per step"))
+    group.add_argument("--epochs", type=positive_int, metavar="N", help=_help("epochs", "warm-up included"))
+    group.add_argument("--opt", metavar="NAME", help=_help("opt", "optimizer, by timm's name"))
+    group.add_argument("--lr", type=number(0), help=_help("lr", "learning rate after warm-up"))
+    group.add_argument("--min-lr", type=number(0), metavar="LR", help=_help("min_lr", "learning rate at the end"))
+    group.add_argument("--warmup-lr", type=number(0), metavar="LR", help=_help("warmup_lr", "learning rate at first"))
+    group.add_argument("--warmup-epochs", type=count, metavar="N", help=_help("warmup_epochs", "length of warm-up"))
+    group.add_argument("--weight-decay", type=number(0), metavar="X", help=_help("weight_decay", "of weights"))
+    group.add_argument("--clip-grad", type=number(0), metavar="NORM", help="largest norm of the gradient")
+    group.add_argument("--drop-path", type=number(0, 1), metavar="P", help="stochastic depth of the last block")
+    _add_flag(group, "--grad-checkpointing", "recompute activations to save memory")
+    _add_flag(group, "--model-ema", "keep a moving average of the weights, and evaluate that")
+    group.add_argument("--model-ema-decay", type=number(0, 1), metavar="X", help=_help("model_ema_decay", "its decay"))
+    _add_flag(group, "--model-ema-warmup", "start it with a smaller decay")
+    _add_flag(group, "--amp", "compute in half precision where that is safe")
+    group.add_argument("--amp-dtype", choices=sorted(AMP_DTYPES), help=_help("amp_dtype", "half precision of --amp"))
+
+
+def _add_augmentation(group: argparse._ArgumentGroup) -> None:
+    share = number(0, 1)
+    group.add_argument(
+        "--scale", type=number(0.001, 1), nargs=2, metavar=("MIN", "MAX"), help=_help("scale", "area of random crops")
+    )
+    group.add_argument("--hflip", type=share, metavar="P", help=_help("hflip", "chance of a horizontal flip"))
+    group.add_argument(
+        "--color-jitter", type=number(0), metavar="X", help=_help("color_jitter", "strength; unused with --aa")
+    )
+    group.add_argument("--aa", type=_policy, metavar="POLICY", help=_help("aa", "RandAugment or other policy; or none"))
+    group.add_argument("--reprob", type=share, metavar="P", help=_help("reprob", "chance of erasing a rectangle"))
+    group.add_argument(
+        "--train-interpolation",
+        choices=("bilinear", "bicubic", "random"),
+        help=_help("train_interpolation", "of training images"),
+    )
+    group.add_argument(
+        "--aug-repeats", type=positive_int, metavar="N", help=_help("aug_repeats", "copies of an image in an epoch")
+    )
+    group.add_argument("--mixup", type=number(0), metavar="ALPHA", help=_help("mixup", "0 for none"))
+    group.add_argument("--cutmix", type=number(0), metavar="ALPHA", help=_help("cutmix", "0 for none"))
+    group.add_argument("--smoothing", type=share, metavar="X", help=_help("smoothing", "of labels"))
+
+
+def _add_flag(group: argparse._ArgumentGroup, name: str, text: str) -> None:
+    group.add_argument(
+        name, action=argparse.BooleanOptionalAction, default=None, help=_help(name.strip("-").replace("-", "_"), text)
+    )
+
+
+def _help(name: str, text: str) -> str:
+    """Help of an option with its defaults, which depend on the data."""
+    general, digits = (_shown(getattr(recipe, name)) for recipe in (_DEFAULTS, DIGITS))
+    return f"{text} (default: {general}{'' if digits == general else f', digits: {digits}'})"
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
+    return {"": "none", "True": "on", "False": "off"}.get(str(value), str(value))
+
+
+def _policy(text: str) -> str:
+    if not re.fullmatch(r"none|(rand|augmix)(-[a-z]+[\d.]+)*|original|originalr|v0|v0r|3a", text):
+        raise argparse.ArgumentTypeError(f"expected a policy such as rand-m9-mstd0.5-inc1, or none, got {text!r}")
+    return "" if text == "none" else text
+
+
+def _seed(text: str) -> int:
+    value = count(text)
+    if value > _SEED_LIMIT:
+        raise argparse.ArgumentTypeError(f"expected an integer from 0 to {_SEED_LIMIT}, got {value}")
+    return value
+
+
+def _state_to_resume(args: argparse.Namespace) -> dict[str, Any] | None:
+    """The state that ``--resume`` names; sets the output folder to the one it is in unless there is ``--output``."""
+    if args.resume is None:
+        return None
+    if args.resume == "auto":
+        if args.output is None:
+            raise UsageError("--resume auto looks into --output, which is not given")
+        return read_state(args.output) if (args.output / STATE_FILE).is_file() else None
+    path = Path(args.resume)
+    state = read_state(path)
+    args.output = args.output or (path if path.is_dir() else path.parent)
+    return state
+
+
+def _what_and_where(args: argparse.Namespace, resume: dict[str, Any] | None) -> tuple[Recipe, Setting]:
+    """The recipe, from the options over the resumed run's or else the defaults', and the setting."""
+    data_dir = args.data_dir
+    if resume is not None:
+        stored = resume["run"]
+        base = Recipe.from_dict(stored["recipe"])
+        data_dir = data_dir or (None if stored["data_dir"] is None else Path(stored["data_dir"]))
+    else:
+        base = DIGITS if data_dir is None else _DEFAULTS
+    recipe = base.with_options(_options_for(base, model_options(args)))
+    output = args.output or Path("output", f"{recipe.model}-{datetime.now():%Y%m%d-%H%M%S}")
+    if resume is None:
+        _check_is_new(output)
+    workers = args.workers if args.workers is not None else 0 if data_dir is None else 4
+    new_head = args.num_classes is not None
+    return recipe, Setting(data_dir, output, chosen_device(args), workers, args.initial_checkpoint, new_head)
+
+
+def _options_for(base: Recipe, options: dict[str, Any]) -> dict[str, Any]:
+    """The options, with None for arguments of a model that is not the base's: they would not fit another one."""
+    if options["model"] not in (None, base.model) and options["model_kwargs"] is None:
+        return options | {"model_kwargs": {}}
+    return options
+
+
+def _check_is_new(output: Path) -> None:
+    if output.exists() and not output.is_dir():
+        raise FileExistsError(f"{output}: a file, expected a folder to write into")
+    if output.is_dir() and any(output.iterdir()):
+        raise FileExistsError(
+            f"{output}: the folder is not empty; name another with --output, or go on with --resume {output}"
+        )
+
+
+@contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """Ends at SIGTERM as at Ctrl-C, so that files which are being written are removed."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
