@@ -107,8 +107,9 @@ def test_grid_pruned_to_its_first_stage(grid):
 def test_grid_head_and_groups(grid):
     grid.reset_classifier(3, "max")
     assert grid(torch.randn(1, 3, 16, 16)).shape == (1, 3)
-    grid.reset_classifier(0)
+    grid.reset_classifier(0, "catavgmax")
     assert isinstance(grid.get_classifier(), nn.Identity)
+    assert grid(torch.randn(1, 3, 16, 16)).shape == (1, grid.head_hidden_size) == (1, 32)
 
     groups = group_parameters(TinyGrid(), TinyGrid().group_matcher())
     assert len(groups) == 5  # stem, three blocks, classifier

@@ -116,7 +116,8 @@ class GridBackbone(_Backbone):
         self.stages = nn.ModuleList(stages)
         self.norm = norm
         self.head = ClassifierHead(dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt="NHWC")
-        self.num_features = self.head_hidden_size = dims[-1]
+        self.num_features = dims[-1]
+        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
         self.feature_info = [
             {"num_chs": dim, "reduction": stride, "module": f"stages.{i}"}
             for i, (dim, stride) in enumerate(zip(dims, strides, strict=True))
@@ -184,7 +185,7 @@ class GridBackbone(_Backbone):
         if prune_norm or ends_early:
             self.norm = nn.Identity()
         if prune_head or ends_early:
-            self.head.reset(0, "", in_features=self.num_features)
+            self.head = ClassifierHead(self.num_features, 0, pool_type="", input_fmt="NHWC")
             self.num_classes = 0
         return taken
 
@@ -196,7 +197,7 @@ class GridBackbone(_Backbone):
         """Replaces the classifier; ``num_classes`` 0 removes it, ``global_pool`` None keeps the pooling."""
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool)
-        self.head_hidden_size = self.head.num_features
+        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes each block in the backward pass instead of storing its activations."""
