@@ -1,4 +1,4 @@
-"""Time and memory of a call: CUDA events on a GPU, the monotonic clock elsewhere; torch's allocators for memory."""
+"""Time and memory of a call: CUDA events on a GPU, the monotonic clock on the CPU; torch's allocators for memory."""
 
 import gc
 import os
@@ -20,7 +20,7 @@ def measure_time(call: Callable[[], object], device: torch.device, *, warmup: in
 
     Args:
         call: What is timed.
-        device: Where it computes.
+        device: Where it computes, a CUDA device or the CPU.
         warmup: Calls before, not timed.
         repeats: Timed calls, at least 2.
 
@@ -29,7 +29,7 @@ def measure_time(call: Callable[[], object], device: torch.device, *, warmup: in
     """
     for _ in range(warmup):
         call()
-    times = _event_times(call, repeats) if device.type == "cuda" else _clock_times(call, repeats, device)
+    times = _event_times(call, repeats) if device.type == "cuda" else _clock_times(call, repeats)
     deciles = quantiles(times, n=10, method="inclusive")
     return {"median": deciles[4], "p10": deciles[0], "p90": deciles[8]}
 
@@ -43,7 +43,7 @@ def measure_memory(call: Callable[[], object], device: torch.device) -> float:
 
     Args:
         call: What is measured.
-        device: Where it computes.
+        device: Where it computes, a CUDA device or the CPU.
 
     Returns:
         Peak in MiB.
@@ -70,20 +70,13 @@ def _event_times(call: Callable[[], object], repeats: int) -> list[float]:
     return [start.elapsed_time(end) for start, end in pairs]
 
 
-def _clock_times(call: Callable[[], object], repeats: int, device: torch.device) -> list[float]:
-    wait = torch.mps.synchronize if device.type == "mps" else _nothing
+def _clock_times(call: Callable[[], object], repeats: int) -> list[float]:
     times = []
     for _ in range(repeats):
-        wait()
         start = time.perf_counter()
         call()
-        wait()
         times.append(1e3 * (time.perf_counter() - start))
     return times
-
-
-def _nothing() -> None:
-    """The CPU has no queue to wait for."""
 
 
 def _cpu_peak(call: Callable[[], object]) -> int:
