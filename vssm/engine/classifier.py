@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import timm
-import torch
 from timm.data import ImageNetInfo, resolve_model_data_config
 from torch import Tensor, nn
 
@@ -63,8 +62,10 @@ class ModelSpec:
     def from_dict(cls: type[_Spec], values: dict[str, Any]) -> _Spec:
         """The settings that `as_dict` has written, without those that this class does not have."""
         names = {each.name for each in fields(cls)}
-        known = {name: value for name, value in values.items() if name in names}
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in known.items()})
+        known: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in values.items() if name in names
+        }
+        return cls(**known)
 
 
 @dataclass
@@ -92,11 +93,6 @@ class Classifier:
         if count == _IMAGENET_CLASSES:
             return tuple(map(ImageNetInfo().index_to_description, range(count)))
         return tuple(map(str, range(count)))
-
-    @torch.inference_mode()
-    def probabilities(self, images: Tensor) -> Tensor:
-        """Softmax of the logits (b, num_classes) of images, in float32."""
-        return self.model(images).float().softmax(-1)
 
 
 def build(spec: ModelSpec, *, classes: Sequence[str] | None = None) -> Classifier:

@@ -30,7 +30,7 @@ def draw_contact_sheet(
     Args:
         path: Picture to write; its suffix chooses the format.
         images: The images.
-        records: Predictions from `vssm.engine.predict.predict`, those of the first images or of all, in their order.
+        records: Predictions from `vssm.engine.predict.predict`, in the order in which to draw them.
         title: Heading.
 
     Returns:
@@ -46,9 +46,9 @@ def draw_contact_sheet(
     sheet = Image.new("RGB", (width, top + rows * cell[1] + _GAP), _PAPER)
     pen = ImageDraw.Draw(sheet)
     pen.text((_GAP, _GAP), title, fill=_INK, font=bold)
-    for index, record in enumerate(shown):
-        corner = (_GAP + index % columns * cell[0], top + index // columns * cell[1])
-        _draw_tile(sheet, pen, corner, images.load(index, channels=3), record, font)
+    for place, record in enumerate(shown):
+        corner = (_GAP + place % columns * cell[0], top + place // columns * cell[1])
+        _draw_tile(sheet, pen, corner, images.load(record["index"], channels=3), record, font)
     with atomic_path(path) as temporary:
         sheet.save(temporary)
     return len(shown)

@@ -69,7 +69,7 @@ def predict(
         amp_dtype: Half precision for autocast; float32 when not given.
 
     Returns:
-        Per image: its name as ``image``, ``predictions`` (``class`` and ``probability`` of the most probable classes,
+        Per image: its place as ``index``, its name as ``image``, ``predictions`` (``class`` and ``probability`` of the most probable classes,
         in falling order), and ``true`` and ``correct``, which are None where the class is not known.
 
     Raises:
@@ -93,6 +93,7 @@ def _record(images: LabelledImages, index: int, top: Sequence[Tensor], classes: 
     probabilities, indices = (values.tolist() for values in top)
     target = images.targets[index]
     return {
+        "index": index,
         "image": images.name(index),
         "true": None if target == _UNKNOWN else classes[target],
         "correct": None if target == _UNKNOWN else indices[0] == target,

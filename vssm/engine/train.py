@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from timm.data import Mixup
+from timm.data.mixup import mixup_target
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, random_seed
@@ -20,7 +21,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from vssm.data import open_dataset
+from vssm.data import LabelledImages, open_dataset
 from vssm.data.loaders import Augmentation, Batch, ReadingCheck, eval_loader, train_loader
 from vssm.engine import classifier as classifiers
 from vssm.engine.checkpoints import TrainingState, save_state
@@ -65,8 +66,10 @@ class _Run:
     recipe: Recipe
     setting: Setting
     classifier: Classifier
-    train: DataLoader
-    held_out: DataLoader
+    images: LabelledImages
+    held_out: LabelledImages
+    loader: DataLoader
+    eval_loader: DataLoader
     mix: Mix
     amp_dtype: torch.dtype | None
 
@@ -124,8 +127,10 @@ def _prepare(recipe: Recipe, setting: Setting) -> _Run:
         recipe=recipe,
         setting=setting,
         classifier=classifier,
-        train=loader,
-        held_out=eval_loader(held_out, classifier.config, batch_size=size, **loading),
+        images=images,
+        held_out=held_out,
+        loader=loader,
+        eval_loader=eval_loader(held_out, classifier.config, batch_size=size, **loading),
         mix=_mix(recipe, classifier.spec.num_classes or 0),
         amp_dtype=_DTYPES[recipe.amp_dtype] if recipe.amp else None,
     )
@@ -145,14 +150,21 @@ def _augmentation(recipe: Recipe) -> Augmentation:
 
 def _mix(recipe: Recipe, num_classes: int) -> Mix:
     """Mixup and CutMix, or else smoothing alone: class indices (b,) to class probabilities (b, num_classes)."""
-    mixup = Mixup(
+    if not _pairs(recipe):
+        return lambda images, targets: (images, mixup_target(targets, num_classes, smoothing=recipe.smoothing))
+    if recipe.batch_size < 2:
+        raise ValueError("train: mixup and cutmix need a --batch-size of at least 2, got 1 (--mixup 0 --cutmix 0)")
+    return Mixup(
         mixup_alpha=recipe.mixup,
         cutmix_alpha=recipe.cutmix,
         label_smoothing=recipe.smoothing,
         num_classes=num_classes,
     )
-    mixup.mixup_enabled = recipe.mixup > 0 or recipe.cutmix > 0
-    return mixup
+
+
+def _pairs(recipe: Recipe) -> bool:
+    """Whether images are mixed in pairs, of which a batch must then consist."""
+    return recipe.mixup > 0 or recipe.cutmix > 0
 
 
 def _initial_state(run: _Run) -> TrainingState:
@@ -169,7 +181,7 @@ def _initial_state(run: _Run) -> TrainingState:
         warmup_lr=recipe.warmup_lr,
         min_lr=recipe.min_lr,
         step_on_epochs=False,
-        updates_per_epoch=len(run.train),
+        updates_per_epoch=len(run.loader),
     )
     assert scheduler is not None, "timm returns none only for sched='none'"
     device = run.setting.device.type
@@ -182,14 +194,14 @@ def _run_epoch(run: _Run, state: TrainingState) -> dict[str, float | int]:
     """Trains for one epoch and evaluates; returns the epoch's record."""
     seed = _epoch_seed(run.recipe.seed, state.epoch)
     random_seed(seed)
-    run.train.sampler.set_epoch(seed)  # type: ignore[attr-defined]  both of our samplers have it
+    run.loader.sampler.set_epoch(seed)  # type: ignore[attr-defined]  both of our samplers have it
     start = time.perf_counter()
     loss, images = _train_epoch(run, state)
     seconds = time.perf_counter() - start
     held_out = evaluate(
         state.evaluated,
-        run.held_out,
-        source=run.held_out.dataset.images.source,
+        run.eval_loader,
+        source=run.held_out.source,
         device=run.setting.device,
         amp_dtype=run.amp_dtype,
     )
@@ -207,15 +219,15 @@ def _run_epoch(run: _Run, state: TrainingState) -> dict[str, float | int]:
 def _train_epoch(run: _Run, state: TrainingState) -> tuple[float, int]:
     """Returns the mean loss and the number of images."""
     state.model.train()
-    check = ReadingCheck(run.train.dataset.images.source, len(run.train) * (run.train.batch_size or 1))
+    check = ReadingCheck(run.images.source, len(run.loader) * (run.loader.batch_size or 1))
     meter = _LossMeter(run.setting.device, state.epoch)
     bar = tqdm(
-        run.train, desc=f"epoch {state.epoch + 1}/{run.recipe.epochs}", leave=False, disable=not sys.stderr.isatty()
+        run.loader, desc=f"epoch {state.epoch + 1}/{run.recipe.epochs}", leave=False, disable=not sys.stderr.isatty()
     )
-    first = state.epoch * len(run.train)
+    first = state.epoch * len(run.loader)
     for step, batch in enumerate(bar, start=1):
         check.update(batch)
-        count = len(batch.targets) - len(batch.targets) % 2  # mixup pairs images
+        count = len(batch.targets) - (len(batch.targets) % 2 if _pairs(run.recipe) else 0)
         if count:
             meter.update(_step(run, state, batch, count), count)
         state.scheduler.step_update(first + step)
@@ -302,7 +314,7 @@ def describe_run(recipe: Recipe, setting: Setting) -> dict[str, Any]:
 
 
 def _save_weights(run: _Run, state: TrainingState, name: str) -> None:
-    facts = {"data": run.train.dataset.images.source, "epoch": state.epoch, "held_out": state.history[-1]}
+    facts = {"data": run.images.source, "epoch": state.epoch, "held_out": state.history[-1]}
     classifiers.save(run.setting.output / name, run.classifier, state.evaluated.state_dict(), facts)
 
 
@@ -319,8 +331,8 @@ def _finish(run: _Run, state: TrainingState, *, seconds: float) -> dict[str, Any
         "best_top1": state.best[0],
         "train_loss": final["train_loss"],
         "params_m": sum(parameter.numel() for parameter in state.model.parameters()) / 1e6,
-        "train_images": len(run.train.dataset),  # type: ignore[arg-type]  ours have a length
-        "held_out_images": len(run.held_out.dataset),  # type: ignore[arg-type]
+        "train_images": len(run.images),
+        "held_out_images": len(run.held_out),
         "seconds": seconds,
         "checkpoint": str(output / "final.safetensors"),
         **describe_run(run.recipe, run.setting),
