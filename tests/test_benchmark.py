@@ -185,6 +185,12 @@ def test_bad_usage_is_one_line(capsys, argv, message):
     assert captured.err.count("\n") == 1
 
 
+def test_a_device_without_exact_measures_is_refused(capsys, monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert main(["benchmark", "--op", "--device", "mps"]) == 2
+    assert "cpu and cuda only" in capsys.readouterr().err
+
+
 def test_unknown_model_writes_nothing(capsys, tmp_path):
     assert main(["benchmark", "test_vin", "--results", str(tmp_path / "r.json")]) == 1
     assert "test_vim" in capsys.readouterr().err

@@ -43,6 +43,8 @@ def run(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {device}: time and memory are known exactly on cpu and cuda only")
     with use_backend(args.backend):
         records = _benchmark_op(args, device) if args.op else _benchmark_models(args, device)
     if args.results:
