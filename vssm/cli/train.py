@@ -126,7 +126,8 @@ def _shown(value: object) -> str:
 
 
 def _policy(text: str) -> str:
-    if not re.fullmatch(r"none|(rand|augmix)(-[a-z]+[\d.]+)*|original|originalr|v0|v0r|3a", text):
+    # The empty text is what "none" becomes; argparse converts defaults that come from a file once more.
+    if not re.fullmatch(r"(none)?|(rand|augmix)(-[a-z]+[\d.]+)*|original|originalr|v0|v0r|3a", text):
         raise argparse.ArgumentTypeError(f"expected a policy such as rand-m9-mstd0.5-inc1, or none, got {text!r}")
     return "" if text == "none" else text
 
@@ -171,10 +172,13 @@ def _what_and_where(args: argparse.Namespace, resume: dict[str, Any] | None) -> 
 
 
 def _options_for(base: Recipe, options: dict[str, Any]) -> dict[str, Any]:
-    """The options, with None for arguments of a model that is not the base's: they would not fit another one."""
+    """The options, and what follows from them for settings of the base that were not meant for them."""
+    follows: dict[str, Any] = {}
     if options["model"] not in (None, base.model) and options["model_kwargs"] is None:
-        return options | {"model_kwargs": {}}
-    return options
+        follows["model_kwargs"] = {}
+    if options["epochs"] is not None and options["warmup_epochs"] is None:
+        follows["warmup_epochs"] = min(base.warmup_epochs, options["epochs"] - 1)
+    return options | follows
 
 
 def _check_is_new(output: Path) -> None:

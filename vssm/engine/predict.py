@@ -69,8 +69,8 @@ def predict(
         amp_dtype: Half precision for autocast; float32 when not given.
 
     Returns:
-        Per image: its place as ``index``, its name as ``image``, ``predictions`` (``class`` and ``probability`` of the most probable classes,
-        in falling order), and ``true`` and ``correct``, which are None where the class is not known.
+        Per image: its place as ``index`` and its name as ``image``; ``predictions`` (``class`` and ``probability`` of
+        the most probable classes, in falling order); ``true`` and ``correct``, None where the class is not known.
 
     Raises:
         UnreadableImage: A file is no image, or damaged.
