@@ -8,11 +8,11 @@ from typing import Any
 import timm
 from timm.models import get_arch_pretrained_cfgs
 from torch import nn
-from vssm_kernels import directional_scan, selective_scan
 
 from vssm import checkpoint
 from vssm.models import FAMILIES
 from vssm.scan_order import scan_order
+from vssm_kernels import directional_scan, selective_scan
 
 __version__ = version("vssm")
 __all__ = ["checkpoint", "create_model", "directional_scan", "list_models", "scan_order", "selective_scan"]
