@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import re
 import signal
 from collections.abc import Iterator
@@ -40,7 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--initial-checkpoint", type=Path, metavar="FILE", help="weights to start from")
     parser.add_argument("--device", type=device, help="cpu, cuda, cuda:1 ...; a GPU by default if there is one")
-    parser.add_argument("--workers", type=count, metavar="N", help="processes that read images (default: 4, digits: 0)")
+    parser.add_argument(
+        "--workers",
+        type=count,
+        metavar="N",
+        help="processes that read images (default: 4 or as many as cores, digits: 0)",
+    )
     parser.add_argument("--seed", type=_seed, help=_help("seed", "of weights, order of images and augmentation"))
     add_model_arguments(parser.add_argument_group("model", "None given: as the model itself says"))
     _add_optimization(parser.add_argument_group("optimization"))
@@ -166,7 +172,7 @@ def _what_and_where(args: argparse.Namespace, resume: dict[str, Any] | None) -> 
     output = args.output or Path("output", f"{recipe.model}-{datetime.now():%Y%m%d-%H%M%S}")
     if resume is None:
         _check_is_new(output)
-    workers = args.workers if args.workers is not None else 0 if data_dir is None else 4
+    workers = args.workers if args.workers is not None else _default_workers(data_dir)
     new_head = args.num_classes is not None
     return recipe, Setting(data_dir, output, chosen_device(args), workers, args.initial_checkpoint, new_head)
 
@@ -179,6 +185,11 @@ def _options_for(base: Recipe, options: dict[str, Any]) -> dict[str, Any]:
     if options["epochs"] is not None and options["warmup_epochs"] is None:
         follows["warmup_epochs"] = min(base.warmup_epochs, options["epochs"] - 1)
     return options | follows
+
+
+def _default_workers(data_dir: Path | None) -> int:
+    """None for the digits, which are in memory."""
+    return 0 if data_dir is None else min(4, os.cpu_count() or 1)
 
 
 def _check_is_new(output: Path) -> None:

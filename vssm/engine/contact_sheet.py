@@ -71,7 +71,7 @@ def _draw_tile(
         pen.rectangle((left, top, left + _TILE - 1, top + _TILE - 1), fill=_PAPER)
     sheet.paste(tile, (left + (_TILE - tile.width) // 2, top + (_TILE - tile.height) // 2))
     best = record["predictions"][0]
-    share = f" {best['probability']:.0%}"
+    share = f" ({best['probability']:.0%})"
     first = _shortened(best["class"], font, _TILE - font.getlength(share)) + share
     pen.text((left, top + _TILE + _BORDER), first, fill=_RED if wrong else _INK, font=font)
     if record["true"] is not None:
@@ -80,10 +80,10 @@ def _draw_tile(
 
 
 def _fit(image: Image.Image) -> Image.Image:
-    """The image in the size of a tile: small ones in visible pixels, large ones smoothed."""
+    """The image in the size of a tile; smoothed, since digits of 8x8 pixels are hard to recognise as squares."""
     scale = _TILE / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    return image.resize(size, Image.Resampling.NEAREST if scale > 2 else Image.Resampling.LANCZOS)
+    return image.resize(size, Image.Resampling.BICUBIC)
 
 
 def _shortened(text: str, font: Font, width: float) -> str:

@@ -23,7 +23,7 @@ def draw_curves(path: str | os.PathLike, history: Sequence[dict[str, float | int
     loss, accuracy = figure.subplots(1, 2)
     epochs = [row["epoch"] for row in history]
     style = {"marker": "o", "markersize": 3, "linewidth": 1.5}
-    loss.plot(epochs, [row["train_loss"] for row in history], label="training", color=_TRAINING, **style)
+    loss.plot(epochs, [row["train_loss"] for row in history], label="training (augmented)", color=_TRAINING, **style)
     loss.plot(epochs, [row["val_loss"] for row in history], label="held-out", color=_HELD_OUT, **style)
     loss.set(title="Loss", xlabel="epoch", ylabel="cross-entropy (nats)")
     loss.legend(frameon=False)
