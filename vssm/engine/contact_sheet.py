@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from vssm.data import LabelledImages
 from vssm.files import atomic_path
 
-_TILE = 104  # side of an image, in pixels; so are all lengths
+_TILE = 136  # side of an image, in pixels; so are all lengths
 _GAP = 12
 _BORDER = 4
 _LINE = 18
