@@ -13,15 +13,15 @@ help:
 	@echo "PYTHON=python3.12 after any of them chooses the interpreter of a new $(VENV)"
 
 demo: $(VENV)/installed-demo
-	$(IN_VENV) python tools/demo.py
+	@$(IN_VENV) python tools/demo.py
 
 test: $(VENV)/installed-dev
-	$(IN_VENV) tools/ci.sh
+	@$(IN_VENV) tools/ci.sh
 
 # One stamp an extra: an install is repeated only when pyproject.toml asks for something else.
 $(VENV)/installed-%: pyproject.toml $(VENV)/bin/python
 	@echo "==> installing vssm with its extra '$*' into $(VENV) (some minutes and gigabytes the first time: torch)"
-	$(VENV)/bin/python -m pip install --quiet --editable '.[$*]'
+	@PYTHONWARNINGS=ignore $(VENV)/bin/python -m pip install --quiet --editable '.[$*]' # setuptools warns of any editable install
 	@touch $@
 
 $(VENV)/bin/python:
