@@ -4,6 +4,7 @@
 is opaque to the compiler. Autograd does not run below the dispatcher, so the backward pass is an op of its own.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -152,11 +153,14 @@ scan_backward.register_autograd(_no_double_backward)
 def scan_flops(x: _Shape, dt: _Shape, A: _Shape, *others: Any, **_: Any) -> int:
     """Floating-point operations of a scan, from the shapes of its tensors: 9·b·k·d·t·n, the convention of the field.
 
-    A low-rank step adds its product, 2·b·k·l·d·r.
+    A low-rank step adds its product, :func:`step_product_flops`.
     """
-    dt_weight, order = others[3], others[6]  # after B, C, D; after dt_bias, z
-    batch, tokens, width = x[0], x[1], x[-1]
+    dt_weight, order = others[3], others[6]  # after B, C, D, and after dt_bias, z
     sets, states = A[0], A[-1]
-    directions, steps = (order[-2], order[-1]) if order is not None else (x[2] if len(x) == 4 else sets, tokens)
-    product = 2 * batch * tokens * sets * width * dt_weight[-1] if dt_weight is not None else 0
-    return 9 * batch * directions * steps * width * states + product
+    directions, steps = (order[-2], order[-1]) if order is not None else (x[2] if len(x) == 4 else sets, x[1])
+    return 9 * x[0] * directions * steps * x[-1] * states + step_product_flops(dt, dt_weight)
+
+
+def step_product_flops(dt: _Shape, dt_weight: _Shape | None) -> int:
+    """Floating-point operations of dt_weight·dt, the matrix product inside a scan: 2·b·l·k·d·r."""
+    return 0 if dt_weight is None else 2 * dt[0] * dt[1] * math.prod(dt_weight)

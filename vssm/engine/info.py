@@ -1,16 +1,15 @@
 """Counts of a model: parameters, multiply-adds of matrix products and convolutions, operations of scans."""
 
 from collections.abc import Iterator
-from math import prod
 from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import vssm_kernels  # noqa: F401  registers torch.ops.vssm.scan and its formula
 from vssm.engine.published import PUBLISHED
 from vssm.engine.zoo import count_parameters, create_by_name, input_size
+from vssm_kernels.library import step_product_flops
 
 _Flops = dict[str, dict]
 
@@ -115,8 +114,8 @@ def _count_flops(model: nn.Module, images: torch.Tensor, formulas: dict) -> _Flo
 
 
 def _step_product_flops(x, dt, A, B, C, D, dt_weight, *_: object, **__: object) -> int:
-    """The part of the scan op that is a matrix product: (b·l, r) by (r, d) for each direction."""
-    return 2 * prod(dt[:2]) * prod(dt_weight) if dt_weight is not None else 0
+    """The part of the scan op that is a matrix product."""
+    return step_product_flops(dt, dt_weight)
 
 
 def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
