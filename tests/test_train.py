@@ -337,7 +337,7 @@ def test_learning_rate_warms_up_and_falls_to_its_end(folder, tmp_path):
 
 def test_no_weight_decay_where_the_model_says_so(folder, tmp_path):
     recipe = TINY_RECIPE.with_options({"epochs": 1, "warmup_epochs": 0, "weight_decay": 0.5})
-    run = train_module._prepare(recipe, Setting(folder, tmp_path / "run", CPU))
+    run = train_module._prepare(recipe, Setting(folder, tmp_path / "run", CPU), fresh=True)
     groups = train_module._initial_state(run).optimizer.param_groups
     names = {id(parameter): name for name, parameter in run.classifier.model.named_parameters()}
     decayed = {names[id(each)] for group in groups if group["weight_decay"] == 0.5 for each in group["params"]}

@@ -5,7 +5,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,7 @@ def train(recipe: Recipe, setting: Setting, *, resume: dict[str, Any] | None = N
     """
     _check_precision(recipe, setting.device)
     start = time.perf_counter()
-    run = _prepare(recipe, setting)
+    run = _prepare(recipe, setting, fresh=resume is None)
     state = _initial_state(run)
     if resume is not None:
         state.load_state_dict(resume)
@@ -112,12 +112,13 @@ def _check_precision(recipe: Recipe, device: torch.device) -> None:
         raise ValueError("train: float16 needs a GPU; on the CPU, expected --amp-dtype bfloat16")
 
 
-def _prepare(recipe: Recipe, setting: Setting) -> _Run:
+def _prepare(recipe: Recipe, setting: Setting, *, fresh: bool) -> _Run:
+    """Opens the data and builds the model, with the weights to start from unless those of a state will replace them."""
     images = open_dataset(setting.data_dir, "train")
     held_out = open_dataset(setting.data_dir, "val", classes=images.classes)
     random_seed(recipe.seed)
-    classifier = classifiers.build(recipe, classes=images.classes)
-    if setting.initial_checkpoint is not None:
+    classifier = classifiers.build(replace(recipe, pretrained=recipe.pretrained and fresh), classes=images.classes)
+    if fresh and setting.initial_checkpoint is not None:
         classifiers.load_initial(classifier, setting.initial_checkpoint, new_head=setting.new_head)
     classifier.model.to(setting.device)
     loading: Any = {"workers": setting.workers, "pin_memory": setting.device.type == "cuda"}
