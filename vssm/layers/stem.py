@@ -19,7 +19,9 @@ class PatchStem(nn.Module):
     def __init__(self, in_chans: int, embed_dim: int, *, patch_size: int, stride: int | None = None) -> None:
         super().__init__()
         self.patch_size = patch_size
-        self.stride = stride or patch_size
+        self.stride = patch_size if stride is None else stride
+        if self.patch_size < 1 or self.stride < 1:
+            raise ValueError(f"PatchStem: patch_size and stride must be at least 1, got {patch_size} and {self.stride}")
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=self.stride)
 
     def grid_size(self, height: int, width: int) -> tuple[int, int]:
