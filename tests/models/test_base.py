@@ -119,6 +119,12 @@ def test_grid_head_and_groups(grid):
     assert len(coarse) == 4
 
 
+def test_grid_classifier_is_like_the_rest():
+    grid = TinyGrid().double().eval()
+    grid.reset_classifier(3, "max")
+    assert grid(torch.randn(1, 3, 16, 16, dtype=torch.float64)).dtype == torch.float64
+
+
 def test_grid_gradient_checkpointing(grid):
     images = torch.randn(2, 3, 16, 16)
     grid(images).square().sum().backward()
@@ -148,6 +154,38 @@ def test_class_position_stays_with_the_class_token(old, new):
     assert entries[patches // 2] == 100.0
     others = torch.cat([entries[: patches // 2], entries[patches // 2 + 1 :]])
     torch.testing.assert_close(others, torch.full_like(others, 2.0))
+
+
+def test_positions_are_resized_to_a_grid_of_as_many_cells():
+    """A slope along x over 4×9 cells stays one over 6×6: counting entries would take the grids for the same."""
+    model = vssm.create_model("test_vim", img_size=(64, 144), class_token=False, global_pool="avg")
+    with torch.no_grad():
+        model.pos_embed.copy_(torch.linspace(-1, 1, 9).repeat(4)[None, :, None].expand(1, 36, 64))
+    model.set_input_size(96)
+    rows = model.pos_embed[0, :, 0].view(6, 6)
+    torch.testing.assert_close(rows, rows[:1].expand(6, 6))
+    assert (rows.diff(dim=1) > 0.1).all()
+
+
+def test_resized_positions_stay_trainable_or_frozen():
+    for trainable in (True, False):
+        model = vssm.create_model("test_vim", depth=1).bfloat16()
+        model.pos_embed.requires_grad_(trainable)
+        model.set_input_size((64, 112))
+        assert isinstance(model.pos_embed, nn.Parameter)
+        assert model.pos_embed.requires_grad == trainable
+        assert model.pos_embed.dtype == torch.bfloat16
+
+
+def test_stochastic_depth_leaves_out_mixers_in_training_only():
+    torch.manual_seed(0)
+    block = vssm.create_model("test_vim", drop_path_rate=0.5).blocks[-1]
+    x = torch.randn(64, 3, 64)
+    whole = block.eval()(x, (1, 2)) - x
+    kept = block.train()(x, (1, 2)) - x
+    dropped = (kept == 0).all((1, 2))
+    assert 16 < dropped.sum() < 48
+    torch.testing.assert_close(kept[~dropped], 2 * whole[~dropped])
 
 
 def test_class_token_is_in_the_middle():
@@ -182,6 +220,7 @@ def test_pooling_of_tokens():
     [
         ({"global_pool": "max"}, "global_pool must be one of 'token', 'avg', '', got 'max'"),
         ({"class_token": False}, "global_pool without a class token must be one of 'avg', '', got 'token'"),
+        ({"stride": 0}, "patch_size and stride must be at least 1, got 16 and 0"),
         ({"img_size": (8, 96)}, "at least 16×16 pixels, one patch, got 8×96"),
     ],
 )

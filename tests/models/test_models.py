@@ -243,6 +243,29 @@ def test_compiles_to_one_graph(name, backend):
 
 
 @pytest.mark.parametrize("name", TOKEN_NAMES)
+def test_exports_with_any_size(name):
+    model = vssm.create_model(name, dynamic_img_size=True, depth=2).eval()
+    example = torch.randn(1, 3, 112, 80)
+    sizes = {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+    program = torch.export.export(model, (example,), dynamic_shapes=(sizes,)).module()
+    for size in (model.img_size, (64, 144), (97, 75)):  # its own, another grid of as many patches, and an odd one
+        other = torch.randn(1, 3, *size)
+        with torch.no_grad():
+            torch.testing.assert_close(program(other), model(other), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", TOKEN_NAMES)
+def test_compiles_for_any_size(name):
+    model = vssm.create_model(name, dynamic_img_size=True, depth=2).eval()
+    torch.compiler.reset()
+    compiled = torch.compile(model, dynamic=True, fullgraph=True, backend="aot_eager")
+    for size in ((112, 80), model.img_size, (64, 144)):
+        other = torch.randn(1, 3, *size)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(other), model(other), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", TOKEN_NAMES)
 def test_dynamic_size_equals_set_input_size(name):
     model = vssm.create_model(name, dynamic_img_size=True).eval()
     batch = torch.randn(2, 3, 128, 80)

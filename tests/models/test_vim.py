@@ -128,6 +128,12 @@ def test_positions_of_another_size(official):
         checkpoint_filter_fn({**official, "pos_embed": positions[:, :-1]}, model)
 
 
+def test_missing_class_token_is_named():
+    state = vssm.create_model("test_vim", class_token=False, global_pool="avg").state_dict()
+    with pytest.raises(ValueError, match=r"does not fit Vim: 1 missing \(cls_token\); 1 of another shape \(pos_embed"):
+        vssm.checkpoint.load(vssm.create_model("test_vim"), state)
+
+
 def test_model_without_class_token_drops_that_of_the_checkpoint(official):
     model = vssm.create_model("vim_tiny_patch16_224", class_token=False, global_pool="avg")
     vssm.checkpoint.load(model, official)

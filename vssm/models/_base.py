@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 import torch
-from timm.layers import ClassifierHead, resample_abs_pos_embed, to_2tuple, trunc_normal_
+import torch.nn.functional as F
+from timm.layers import ClassifierHead, to_2tuple, trunc_normal_
 from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -197,6 +198,8 @@ class GridBackbone(_Backbone):
         """Replaces the classifier; ``num_classes`` 0 removes it, ``global_pool`` None keeps the pooling."""
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool)
+        like = next(self.stages.parameters())  # of which older versions of timm make a new layer regardless
+        self.head.to(device=like.device, dtype=like.dtype)
         self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -372,13 +375,16 @@ class TokenBackbone(_Backbone):
                 dropped if this model has none.
 
         Returns:
-            (1, l', c). Entries of another grid, which must be square, are resized to this model's.
+            (1, l', c). Entries of another grid, which must be square, are resized to this model's. As many entries as
+            this model's grid has are taken for its own.
 
         Raises:
             ValueError: If the number of entries fits neither this model's grid nor a square.
         """
         if class_token and self.cls_token is None:
             pos_embed, _ = _take_out(pos_embed, (pos_embed.shape[1] - 1) // 2)
+        if self.cls_token is not None and not class_token:
+            return pos_embed  # the check of the keys will say that the class token is missing
         patches = pos_embed.shape[1] - (self.cls_token is not None)
         if patches == self.grid_size[0] * self.grid_size[1]:
             return pos_embed
@@ -425,7 +431,7 @@ class TokenBackbone(_Backbone):
         class_entry = None
         if self.cls_token is not None:
             pos_embed, class_entry = _take_out(pos_embed, self._class_place(pos_embed.shape[1]))
-        pos_embed = resample_abs_pos_embed(pos_embed, list(new_size), list(old_size), num_prefix_tokens=0)
+        pos_embed = _resize_grid(pos_embed, old_size, new_size)
         if class_entry is not None:
             pos_embed = _insert(pos_embed, class_entry, self._class_place(pos_embed.shape[1] + 1))
         return pos_embed
@@ -465,6 +471,15 @@ def _pair(img_size: int | tuple[int, int]) -> tuple[int, int]:
 
 def _embedding(entries: int, dim: int) -> nn.Parameter:
     return nn.Parameter(trunc_normal_(torch.empty(1, entries, dim), std=0.02))
+
+
+def _resize_grid(positions: Tensor, old_size: tuple[int, int], new_size: tuple[int, int]) -> Tensor:
+    """Positions (1, h·w, c) resized bicubically; timm's function takes grids of as many cells for the same grid."""
+    if not torch.compiler.is_exporting() and old_size == new_size:  # an exported program must take either way
+        return positions
+    grid = positions.unflatten(1, old_size).permute(0, 3, 1, 2).float()
+    resized = F.interpolate(grid, size=new_size, mode="bicubic", antialias=True)
+    return resized.flatten(2).transpose(1, 2).to(positions.dtype)
 
 
 def _insert(x: Tensor, token: Tensor, index: int) -> Tensor:
