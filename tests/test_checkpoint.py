@@ -1,6 +1,7 @@
 """Checkpoint files: reading without running code, loading with clear refusals, downloading, converting."""
 
 import argparse
+import concurrent.futures
 import contextlib
 import hashlib
 import http.server
@@ -166,6 +167,26 @@ def test_truncated_safetensors_is_refused(small_state, tmp_path):
         checkpoint.read(path)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("legacy", [False, True])
+def test_damaged_pickle_is_refused_or_read(small_state, tmp_path, legacy):
+    """Whatever a damaged byte makes torch raise, it is reported as the file's."""
+    path = tmp_path / "damaged.pth"
+    torch.save({"head.bias": small_state["head.bias"]}, path, _use_new_zipfile_serialization=not legacy)
+    content = path.read_bytes()
+    messages = []
+    for position in range(0, len(content), 2):
+        damaged = bytearray(content[: len(content) - position % 40])
+        damaged[min(position, len(damaged) - 1)] ^= 0x15
+        path.write_bytes(damaged)
+        try:
+            checkpoint.read(path)
+        except ValueError as error:
+            messages.append(str(error))
+    assert len(messages) > len(content) / 8
+    assert not [each for each in messages if "\n" in each]
+
+
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint at all", b"PK\x03\x04 nor this", b"\x80\x02}."])
 def test_other_files_are_refused(content, tmp_path):
     path = tmp_path / "file.pth"
@@ -214,9 +235,15 @@ def test_written_file_is_whole_and_described(small_state, tmp_path):
         checkpoint.write("model.pth", tied, {})
 
 
+def test_what_cannot_be_described_is_not_written(small_state, tmp_path):
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        checkpoint.write(tmp_path / "model.safetensors", small_state, {"when": object()})
+    assert not list(tmp_path.iterdir())
+
+
 @contextlib.contextmanager
-def _server(content, *, announced=None):
-    """Serves the same bytes at every address, under a length that need not be theirs."""
+def _server(content, *, announced=None, chunked=False):
+    """Serves the same bytes at every address, under a length that need not be theirs, or as a chunk that never ends."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         requests = 0
@@ -224,9 +251,12 @@ def _server(content, *, announced=None):
         def do_GET(self):
             Handler.requests += 1
             self.send_response(200 if content else 404)
-            self.send_header("Content-Length", str(announced or len(content)))
+            if chunked:
+                self.send_header("Transfer-Encoding", "chunked")
+            else:
+                self.send_header("Content-Length", str(announced or len(content)))
             self.end_headers()
-            self.wfile.write(content)
+            self.wfile.write(b"fffff\r\n" + content if chunked else content)
 
         def log_message(self, *_):
             pass
@@ -294,6 +324,24 @@ def test_truncated_download_leaves_nothing(official_file, hub):
     assert not list(hub.iterdir())
 
 
+def test_download_that_breaks_off_within_a_chunk_leaves_nothing(hub):
+    with (
+        _server(b"the beginning", chunked=True) as (address, _),
+        pytest.raises(ConnectionError, match="IncompleteRead"),
+    ):
+        checkpoint.download(f"{address}/vim.pth")
+    assert not list(hub.iterdir())
+
+
+def test_downloads_at_the_same_time_do_not_mix(hub):
+    content = bytes(range(256)) * 20_000
+    with _server(content) as (address, _), concurrent.futures.ThreadPoolExecutor(4) as pool:
+        paths = set(pool.map(checkpoint.download, [f"{address}/vim.pth"] * 4))
+    assert paths == {hub / "vim.pth"}
+    assert (hub / "vim.pth").read_bytes() == content
+    assert len(list(hub.iterdir())) == 1
+
+
 @pytest.mark.parametrize("path", ["vim.pth#sha256=0123456789abcdef", "vim-01234567.pth"])
 def test_wrong_hash_leaves_nothing(hub, path):
     with (
@@ -332,6 +380,56 @@ def test_own_weights_by_overlay_or_path(small_state, tmp_path):
     by_path = vssm.create_model("test_vim", num_classes=3, checkpoint_path=file)
     torch.testing.assert_close(dict(by_overlay.state_dict()), dict(small_state))
     torch.testing.assert_close(dict(by_path.state_dict()), dict(small_state))
+
+
+def test_own_classifier_is_loaded_whatever_was_published(small_state, tmp_path):
+    checkpoint.write(tmp_path / "own.safetensors", small_state, {})
+    overlay = {"file": str(tmp_path / "own.safetensors")}
+    model = vssm.create_model("test_vim", pretrained=True, num_classes=3, pretrained_cfg_overlay=overlay)
+    torch.testing.assert_close(dict(model.state_dict()), dict(small_state))
+    other = vssm.create_model("test_vim", pretrained=True, num_classes=5, pretrained_cfg_overlay=overlay)
+    torch.testing.assert_close(other.norm.weight, model.norm.weight)
+    assert other.head.out_features == 5
+
+
+@pytest.mark.parametrize("missing", ["head.weight", "norm.weight"])
+def test_pretrained_is_never_in_part(small_state, tmp_path, missing):
+    path = tmp_path / "part.safetensors"
+    checkpoint.write(path, {key: value for key, value in small_state.items() if key != missing}, {})
+    overlay = {"file": str(path), "num_classes": 3}
+    with pytest.raises(ValueError, match=rf"does not fit Vim: 1 missing \({missing}\)$"):
+        vssm.create_model("test_vim", pretrained=True, num_classes=3, pretrained_cfg_overlay=overlay)
+    overlay["file"] = str(tmp_path / "absent.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"absent\.safetensors"):
+        vssm.create_model("test_vim", pretrained=True, num_classes=3, pretrained_cfg_overlay=overlay)
+
+
+@pytest.mark.parametrize(("arguments", "shape"), [({"patch_size": 8}, "3, 8, 8"), ({"in_chans": 5}, "5, 16, 16")])
+def test_pretrained_input_layer_that_cannot_be_adapted(tmp_path, arguments, shape):
+    state = vssm.create_model("test_vim", in_chans=3 if "patch_size" in arguments else 4).state_dict()
+    checkpoint.write(tmp_path / "own.safetensors", state, {})
+    overlay = {"file": str(tmp_path / "own.safetensors")}
+    with pytest.raises(ValueError, match=rf"1 of another shape \(stem.proj.weight: .* expected \(64, {shape}\)"):
+        vssm.create_model("test_vim", pretrained=True, pretrained_cfg_overlay=overlay, **arguments)
+
+
+def test_features_of_own_weights(small_state, tmp_path):
+    checkpoint.write(tmp_path / "own.safetensors", small_state, {})
+    whole = vssm.create_model("test_vim", num_classes=3, checkpoint_path=tmp_path / "own.safetensors").eval()
+    features = vssm.create_model(
+        "test_vim", features_only=True, out_indices=(1, 3), checkpoint_path=tmp_path / "own.safetensors"
+    ).eval()
+    images = torch.randn(1, 3, 96, 96)
+    with torch.no_grad():
+        expected = whole.forward_intermediates(images, indices=(1, 3), intermediates_only=True)
+        torch.testing.assert_close(features(images), expected)
+
+
+def test_own_weights_come_instead_of_the_published(record, official_file, hub):
+    with _server(b"") as (address, handler):
+        model = _create_from(f"{address}/vim.pth", checkpoint_path=official_file)
+        assert handler.requests == 0
+    torch.testing.assert_close(model.norm.weight.data, record.state_dict["norm_f.weight"])
 
 
 def test_convert(record, official_file, tmp_path):

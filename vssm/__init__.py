@@ -45,19 +45,26 @@ def create_model(
     Args:
         name: Name of a registered model, with the tag of its weights or without; models of timm are welcome.
         pretrained: Load the published weights.
-        checkpoint_path: Load this file instead; the authors' format or ours.
+        checkpoint_path: Load this file instead; the authors' format or ours. With ``features_only``, its classifier is
+            left out.
         **kwargs: Arguments of the model, such as ``num_classes``, ``img_size`` or ``features_only``.
 
     Returns:
         The model, in training mode.
 
     Raises:
+        ConnectionError: If published weights cannot be fetched.
+        FileNotFoundError: If there is no file ``checkpoint_path``.
         ValueError: If there is no such model or tag, or weights do not fit.
     """
     _check_name(name)
-    model = timm.create_model(name, pretrained=pretrained, **kwargs)
-    if checkpoint_path is not None:
-        checkpoint.load(model, checkpoint_path)
+    if checkpoint_path is None:
+        return timm.create_model(name, pretrained=pretrained, **kwargs)
+    if kwargs.get("features_only"):  # parts of the model are cut off after loading, which is timm's to do
+        overlay = {**(kwargs.pop("pretrained_cfg_overlay", None) or {}), "file": os.fspath(checkpoint_path)}
+        return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
+    model = timm.create_model(name, **kwargs)
+    checkpoint.load(model, checkpoint_path)
     return model
 
 

@@ -5,6 +5,7 @@ Nothing here knows a model. What a family's official keys are called is said by 
 
 import argparse
 import hashlib
+import http.client
 import json
 import os
 import pickle
@@ -131,7 +132,7 @@ def to_model_keys(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[st
 
 
 def write(path: str | os.PathLike, state_dict: Mapping[str, Tensor], record: Mapping[str, Any]) -> dict[str, Any]:
-    """Writes weights as safetensors, and beside them, under the suffix .json, what is known of them.
+    """Writes weights as safetensors, and beside them, under the suffix .json, what is known of them: both or neither.
 
     Args:
         path: Target, ending in .safetensors.
@@ -148,11 +149,10 @@ def write(path: str | os.PathLike, state_dict: Mapping[str, Tensor], record: Map
     if path.suffix != ".safetensors":
         raise ValueError(f"checkpoint.write: expected a file name ending in .safetensors, got {str(path)!r}")
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in state_dict.items()}
-    with atomic_path(path) as temporary:
+    with atomic_path(path) as temporary, atomic_path(path.with_suffix(".json")) as temporary_record:
         save_file(tensors, temporary, metadata={"format": "pt"})
-    complete = {**record, "file": path.name, "sha256": sha256(path)}
-    with atomic_path(path.with_suffix(".json")) as temporary:
-        temporary.write_text(json.dumps(complete, indent=2) + "\n", encoding="utf-8")
+        complete = {**record, "file": path.name, "sha256": sha256(temporary)}
+        temporary_record.write_text(json.dumps(complete, indent=2) + "\n", encoding="utf-8")
     return complete
 
 
@@ -189,7 +189,7 @@ def download(url: str, *, folder: str | os.PathLike | None = None) -> Path:
     if target.is_file() and sha256(target).startswith(expected):
         return target
     with atomic_path(target) as temporary:
-        _fetch(address, temporary)
+        _fetch(address, temporary, name=name)
         if not sha256(temporary).startswith(expected):
             raise ValueError(
                 f"checkpoint.download: {address} has SHA-256 {sha256(temporary)}, expected {expected}; nothing was kept"
@@ -218,7 +218,7 @@ def _load_pickle(path: Path, trust_pickle: bool) -> Any:
         raise _unreadable(path, error) from error
     except ImportError as error:
         raise ValueError(f"checkpoint.read: {str(path)!r} needs a package that is not installed ({error})") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, IndexError) as error:
+    except Exception as error:  # damaged bytes make torch raise almost anything
         raise _unreadable(path, error) from error
 
 
@@ -292,18 +292,18 @@ def _expected_sha256(name: str, fragment: str) -> str:
     return found[1] if found else ""
 
 
-def _fetch(address: str, target: Path) -> None:
+def _fetch(address: str, target: Path, *, name: str) -> None:
     request = urllib.request.Request(address, headers={"User-Agent": "vssm"})
     try:
         with urllib.request.urlopen(request, timeout=60) as response, target.open("wb") as file:
             length = response.headers.get("Content-Length")
             total = None if length is None else int(length)
-            with tqdm(total=total, unit="B", unit_scale=True, desc=target.name, disable=not sys.stderr.isatty()) as bar:
+            with tqdm(total=total, unit="B", unit_scale=True, desc=name, disable=not sys.stderr.isatty()) as bar:
                 while chunk := response.read(_CHUNK):
                     file.write(chunk)
                     bar.update(len(chunk))
             received = file.tell()
-    except OSError as error:  # urllib's and the socket's errors are among them
+    except (OSError, http.client.HTTPException) as error:  # urllib's and the socket's errors are OSErrors
         raise ConnectionError(
             f"checkpoint.download: {address} could not be fetched ({error}); if you have the file, pass "
             "pretrained_cfg_overlay={'file': PATH} to create_model"

@@ -12,6 +12,7 @@ from vssm import checkpoint
 
 Model = TypeVar("Model", bound=nn.Module)
 FilterFn = Callable[[dict[str, Tensor], Any], dict[str, Tensor]]
+_ADAPTABLE_CHANNELS = 3  # of the images of a checkpoint, for timm to make another number of them
 
 
 def build_backbone(
@@ -47,34 +48,35 @@ def build_backbone(
         The model, or timm's feature extractor around it.
 
     Raises:
+        ConnectionError: If the weights cannot be fetched.
+        FileNotFoundError: If there is no such file.
         ValueError: If there are no weights to load, or they do not fit.
     """
     overlay = dict(pretrained_cfg_overlay or {})
     if pretrained:
         cfg = resolve_pretrained_cfg(variant, pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=overlay).to_dict()
         overlay |= _weights(cfg, variant, cache_dir)
-    model = build_model_with_cfg(
+    return build_model_with_cfg(
         model_cls,
         variant,
         pretrained,
         pretrained_cfg=pretrained_cfg,
         pretrained_cfg_overlay=overlay,
-        pretrained_filter_fn=partial(_filter, checkpoint_filter_fn),
+        pretrained_filter_fn=partial(_filter, checkpoint_filter_fn, bool(kwargs.get("features_only"))),
         feature_cfg={"out_indices": tuple(levels), "feature_cls": "getter"},
         cache_dir=cache_dir,
         **kwargs,
     )
-    for module in (model, getattr(model, "model", None)):
-        getattr(module, "pretrained_cfg", {}).pop("state_dict", None)  # the weights are in the model now
-    return model
 
 
 def _weights(cfg: dict[str, Any], variant: str, cache_dir: str | Path | None) -> dict[str, Any]:
     """The entry of a pretrained configuration that gives timm the weights themselves."""
-    if cfg.get("state_dict") or cfg.get("source") in ("hf-hub", "local-dir") or cfg.get("hf_hub_id"):
+    if cfg.get("state_dict") or cfg.get("source") in ("hf-hub", "local-dir"):
         return {}
     if cfg.get("file"):
         return {"state_dict": checkpoint.read(cfg["file"])}
+    if cfg.get("hf_hub_id"):
+        return {}
     if cfg.get("url"):
         return {"state_dict": checkpoint.read(checkpoint.download(cfg["url"], folder=cache_dir))}
     raise ValueError(
@@ -83,9 +85,26 @@ def _weights(cfg: dict[str, Any], variant: str, cache_dir: str | Path | None) ->
     )
 
 
-def _filter(filter_fn: FilterFn, state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    converted = filter_fn(state_dict, model)
+def _filter(
+    filter_fn: FilterFn, features_only: bool, state_dict: dict[str, Tensor], model: nn.Module
+) -> dict[str, Tensor]:
+    """Weights under the model's keys, checked; the configuration then says what timm has to adapt in them."""
     cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]  an attribute that timm's builder sets
-    adapted = [f"{cfg[part]}.{kind}" for part in ("classifier", "first_conv") for kind in ("weight", "bias")]
+    cfg.pop("state_dict", None)  # timm has taken the weights from it, the model need not keep them twice
+    converted = filter_fn(state_dict, model)
+    own = model.state_dict()
+    adapted: list[str] = []
+
+    classifier = f"{cfg['classifier']}.weight"
+    if classifier in converted:  # what the file has, which for one's own file is not what was published
+        cfg["num_classes"] = converted[classifier].shape[0]
+    if features_only or classifier not in own or cfg["num_classes"] != own[classifier].shape[0]:
+        adapted += [classifier, f"{cfg['classifier']}.bias"]
+
+    first_conv = f"{cfg['first_conv']}.weight"
+    if first_conv in converted and converted[first_conv].shape[2:] == own[first_conv].shape[2:]:
+        in_chans = converted[first_conv].shape[1]
+        cfg["input_size"] = (in_chans, *cfg["input_size"][1:])
+        adapted += [first_conv] if in_chans == _ADAPTABLE_CHANNELS else []
     checkpoint.check(model, converted, adapted=adapted)
     return converted
