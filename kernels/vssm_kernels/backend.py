@@ -1,22 +1,33 @@
 """Which implementation of the scan runs: the fastest that fits the tensors, or the one that was asked for."""
 
+import functools
+import importlib
+import importlib.util
 import logging
 import os
 from types import ModuleType
 
-from vssm_kernels import scan_torch
+import torch
 
 _logger = logging.getLogger("vssm")
 _announced: set[tuple[str, str]] = set()
 _override: str | None = None
 
 
+# Modules with forward(call) and backward(call, dy, dstate). They are imported when first used: Triton takes its time.
+_MODULES = {"torch": "vssm_kernels.scan_torch", "triton": "vssm_kernels.launch"}
+
+
+@functools.cache
 def available_backends() -> tuple[str, ...]:
     """Names that :class:`use_backend` and ``VSSM_SCAN_BACKEND`` accept here, beside ``auto``."""
-    return tuple(_BACKENDS)
+    has_triton = importlib.util.find_spec("triton") is not None
+    return ("torch", "triton") if has_triton and (torch.cuda.is_available() or _interpreted()) else ("torch",)
 
 
-_BACKENDS: dict[str, ModuleType] = {"torch": scan_torch}
+def _interpreted() -> bool:
+    """Whether Triton runs its kernels on the CPU, step by step, which tests use."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class use_backend:
@@ -45,19 +56,28 @@ class use_backend:
 
 
 def backend_for(device_type: str) -> ModuleType:
-    """The module that runs a scan on tensors of ``device_type``; says so in the log the first time."""
+    """The module that runs a scan on tensors of ``device_type``; says so in the log the first time.
+
+    Raises:
+        ValueError: If the backend that was asked for does not run there.
+    """
     name = _override or _checked(os.environ.get("VSSM_SCAN_BACKEND") or "auto")
     if name == "auto":
-        name = "torch"
+        name = "triton" if device_type == "cuda" and "triton" in available_backends() else "torch"
+    if name == "triton" and device_type != "cuda" and not _interpreted():
+        raise ValueError(
+            f"scan backend: triton needs tensors on cuda, got {device_type}; use_backend('auto') or 'torch'"
+        )
     if (name, device_type) not in _announced:
         _announced.add((name, device_type))
         _announce(name, device_type)
-    return _BACKENDS[name]
+    return importlib.import_module(_MODULES[name])
 
 
 def _checked(name: str) -> str:
-    if name != "auto" and name not in _BACKENDS:
-        raise ValueError(f"scan backend must be one of {', '.join(('auto', *_BACKENDS))} here, got {name!r}")
+    allowed = ("auto", *available_backends())
+    if name not in allowed:
+        raise ValueError(f"scan backend must be one of {', '.join(allowed)} here, got {name!r}")
     return name
 
 

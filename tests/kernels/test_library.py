@@ -1,6 +1,8 @@
 """The op as torch sees it: opcheck, compilation, export, autocast, operation count, choice of backend."""
 
 import logging
+import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vssm_kernels
 from scan_cases import outputs_and_gradients, random_case
-from vssm_kernels import backend, directional_scan, use_backend
+from vssm_kernels import backend, directional_scan, scan_torch, use_backend
 
 
 def _inputs(*, requires_grad: bool = False) -> dict:
@@ -107,6 +109,10 @@ def test_backend_override(monkeypatch):
     for attempt in (lambda: use_backend("cuda"), lambda: use_backend("")):
         with pytest.raises(ValueError, match="must be one of auto, torch"):
             attempt()
+    monkeypatch.setattr(backend, "available_backends", lambda: ("torch", "triton"))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with use_backend("triton"), pytest.raises(ValueError, match="triton needs tensors on cuda, got cpu"):
+        directional_scan(**_inputs())
     with use_backend("torch"):
         assert backend.backend_for("cpu").__name__ == "vssm_kernels.scan_torch"
     monkeypatch.setenv("VSSM_SCAN_BACKEND", "no-such")
@@ -120,8 +126,11 @@ def test_backend_is_read_when_a_compiled_graph_runs(monkeypatch):
     compiled = torch.compile(lambda arguments: directional_scan(**arguments), fullgraph=True, backend="aot_eager")
     compiled(_inputs())
     ran = []
-    spy = type("Spy", (), {"forward": staticmethod(lambda call: ran.append(call) or backend.scan_torch.forward(call))})
-    monkeypatch.setitem(backend._BACKENDS, "spy", spy)
+    spy = ModuleType("spy")
+    spy.forward = lambda call: ran.append(call) or scan_torch.forward(call)
+    monkeypatch.setitem(sys.modules, "spy", spy)
+    monkeypatch.setitem(backend._MODULES, "spy", "spy")
+    monkeypatch.setattr(backend, "available_backends", lambda: ("torch", "spy"))
     with use_backend("spy"):
         compiled(_inputs())
     assert len(ran) == 1
