@@ -167,6 +167,53 @@ def test_positions_are_resized_to_a_grid_of_as_many_cells():
     assert (rows.diff(dim=1) > 0.1).all()
 
 
+def test_positions_are_resized_bicubically():
+    """Which overshoots beside a step; bilinearly it would stay between its ends."""
+    model = vssm.create_model("test_vim", depth=1, class_token=False, global_pool="avg")
+    with torch.no_grad():
+        model.pos_embed.copy_((torch.arange(36) % 6 >= 3).float()[None, :, None].expand(1, 36, 64))
+    model.set_input_size(192)
+    assert model.pos_embed.max() > 1.02
+    assert model.pos_embed.min() < -0.02
+
+
+def test_size_once_set_is_the_only_one():
+    model = vssm.create_model("test_vim", depth=1).eval()
+    model.set_input_size((64, 112))
+    assert (model.img_size, model.grid_size) == ((64, 112), (4, 7))
+    assert model(torch.randn(1, 3, 64, 112)).shape == (1, 1000)
+    with pytest.raises(ValueError, match="expected images of 64×112 pixels, got 96×96"):
+        model(torch.randn(1, 3, 96, 96))
+
+
+def test_overlapping_patches_announce_their_stride():
+    model = vssm.create_model("test_vim", stride=8, features_only=True, out_indices=(0,))
+    assert model.feature_info.reduction() == [8]
+    (features,) = model(torch.randn(1, 3, 96, 96))
+    assert features.shape == (1, 64, 11, 11)  # 1 + (96 - 16)/8
+
+
+def test_pruned_norm_leaves_the_residual_stream():
+    model = vssm.create_model("test_vim", class_token=False, global_pool="avg").eval()
+    images = torch.randn(1, 3, 96, 96)
+    expected = model.forward_intermediates(images, [1], output_fmt="NLC", intermediates_only=True)
+    assert model.prune_intermediate_layers([1], prune_norm=True) == [1]
+    assert len(model.blocks) == 2
+    assert (model.num_classes, model.global_pool) == (0, "")
+    torch.testing.assert_close([model(images)], expected)
+
+
+@pytest.mark.parametrize("build", [TinyGrid, lambda **kwargs: vssm.create_model("test_vim", **kwargs)])
+def test_dropout_before_the_classifier(build):
+    model = build(drop_rate=0.5).eval()
+    features = model.forward_features(torch.randn(16, 3, 96, 96))
+    whole = model.forward_head(features, pre_logits=True)
+    left = model.train().forward_head(features, pre_logits=True)
+    dropped = left == 0
+    assert 0.3 < dropped.float().mean() < 0.7
+    torch.testing.assert_close(left[~dropped], 2 * whole[~dropped])
+
+
 def test_resized_positions_stay_trainable_or_frozen():
     for trainable in (True, False):
         model = vssm.create_model("test_vim", depth=1).bfloat16()
