@@ -120,11 +120,11 @@ def test_code_in_a_pickle_does_not_run(monkeypatch, tmp_path, legacy):
     victim = types.ModuleType("test_checkpoint_victim")
     victim.ran = False
     monkeypatch.setitem(sys.modules, "test_checkpoint_victim", victim)
-    path = tmp_path / "evil.pth"
+    path = tmp_path / "evil file.pth"
     content = {"model": {"a": torch.ones(2)}, "args": Malicious()}
     torch.save(content, path, _use_new_zipfile_serialization=not legacy)
 
-    command = f"vssm convert {path} --model NAME --trust-pickle"
+    command = f"vssm convert '{path}' --model NAME --trust-pickle"
     with pytest.raises(ValueError, match=rf"needs exec, and loading it could run code.*{re.escape(command)}"):
         checkpoint.read(path)
     assert not victim.ran

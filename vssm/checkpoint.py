@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import re
+import shlex
 import sys
 import urllib.request
 import zipfile
@@ -213,7 +214,7 @@ def _load_pickle(path: Path, trust_pickle: bool) -> Any:
         if (needed := re.search(r"GLOBAL ([\w.]+)", str(error))) and not trust_pickle:
             raise ValueError(
                 f"checkpoint.read: {str(path)!r} is a pickle that needs {needed[1]}, and loading it could run code; if "
-                f"you trust its origin, convert it: vssm convert {path} --model NAME --trust-pickle"
+                f"you trust its origin, convert it: vssm convert {shlex.quote(str(path))} --model NAME --trust-pickle"
             ) from error
         raise _unreadable(path, error) from error
     except ImportError as error:

@@ -54,9 +54,8 @@ class CausalTokenConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Convolves tokens (b, l, d), the same for every direction; returns (b, l, k, d) in token order."""
         reach = self.weight.shape[-1] - 1
-        padded = (
-            F.pad(x, (0, 0, reach, reach)).transpose(1, 2).unsqueeze(2)
-        )  # channels-last view (b, d, 1, l + 2·reach)
+        padded = F.pad(x, (0, 0, reach, reach))
+        padded = padded.transpose(1, 2).unsqueeze(2)  # a channels-last view (b, d, 1, l + 2·reach)
         directions = [
             self._convolve(padded[..., reach:], weight.flip(-1), bias)
             if backwards
