@@ -414,7 +414,8 @@ class TokenBackbone(_Backbone):
 
     def _pool(self, x: Tensor) -> Tensor:
         if self.global_pool == "token":
-            return x[:, self._class_place(x.shape[1])]
+            place = self._class_place(x.shape[1])
+            return x[:, place : place + 1].squeeze(1)  # a plain index would fix the number of tokens when compiled
         return self._patches(x).mean(1) if self.global_pool == "avg" else x
 
     def _patches(self, x: Tensor) -> Tensor:
