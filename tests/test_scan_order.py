@@ -128,8 +128,16 @@ def test_table_first_built_in_inference_mode_serves_training_later():
         order = scan_order("cross", 2, 13)
     assert scan_order("cross", 2, 13) is order
     x = torch.randn(1, 26, 3, requires_grad=True)
-    (torch.take_along_dim(x, order[1].long()[None, :, None], 1) ** 2).sum().backward()
+    (x.index_select(1, order[1]) ** 2).sum().backward()  # saves the table itself
     torch.testing.assert_close(x.grad, 2 * x.detach())
+
+
+def test_values_are_checked_on_every_device_when_asked(device, monkeypatch):
+    x, order = torch.zeros(1, 3, 2, device=device), torch.tensor([[0, 3]], device=device)
+    monkeypatch.setenv("VSSM_CHECK", "1")
+    with pytest.raises(ValueError, match="gather: order must hold tokens from 0 to 2, got values from 0 to 3"):
+        gather(x, order)
+    assert gather(x.to("meta"), order.to("meta")).shape == (1, 2, 1, 2)  # which has no values to check
 
 
 def test_fake_tensors_stay_out_of_the_cache():

@@ -239,10 +239,10 @@ def _check_range(function: str, argument: str, index: Tensor, tokens: int) -> No
 
 
 def _values_at_hand(index: Tensor) -> bool:
-    """Tells whether to look at values: not in a compiled graph, nor of a fake tensor, nor where it waits for a device.
+    """Tells whether to look at values: not in a compiled graph, nor where there are none, nor where it means waiting.
 
     ``VSSM_CHECK=1`` accepts the waiting, here as in the scan itself.
     """
-    if torch.compiler.is_compiling() or type(index) is not Tensor:
+    if torch.compiler.is_compiling() or type(index) is not Tensor or index.is_meta:
         return False
     return index.device.type == "cpu" or os.environ.get("VSSM_CHECK", "") not in ("", "0")
