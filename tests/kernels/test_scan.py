@@ -36,10 +36,15 @@ def sequences(request, monkeypatch):
         monkeypatch.setattr(launch, "launch_config", lambda *_, **__: launch.LaunchConfig(block=16, unroll=2, chunk=6))
 
 
-def _runs(case: Case, backend: str, device: torch.device) -> bool:
-    """Whether to run a case: Triton's interpreter takes 20 ms for a step, and cuts bfloat16 off instead of rounding."""
-    if backend == "torch" or device.type != "cpu":
+def _runs(seed: int, case: Case, backend: str, device: torch.device) -> bool:
+    """Whether to run a case: Triton compiles nearly every one anew, some seconds each, and its interpreter is slow.
+
+    The interpreter takes 20 ms for a step of a program, and cuts bfloat16 off instead of rounding.
+    """
+    if backend == "torch":
         return True
+    if device.type == "cuda":
+        return seed % 5 == 0
     batch, tokens = case.tensors["x"].shape[:2]
     return batch * tokens * case.tensors["A"].shape[0] <= 24 and case.dtype != torch.bfloat16
 
@@ -49,7 +54,7 @@ def _runs(case: Case, backend: str, device: torch.device) -> bool:
 def test_random_arguments(backend, device, first):
     for seed in range(first, first + 25):
         case = random_case(seed)
-        if not _runs(case, backend, device):
+        if not _runs(seed, case, backend, device):
             continue
         arguments = case.arguments(case.dtype, device)
         results = outputs_and_gradients(directional_scan, arguments)
