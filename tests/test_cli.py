@@ -88,6 +88,18 @@ def test_results_of_unknown_format_are_refused_before_the_work(capsys):
         ("raise FileNotFoundError('no folder x')", 1, "vssm sample: no folder x"),
         ("open('/nonexistent/x')", 1, "vssm sample: /nonexistent/x: No such file or directory"),
         ("raise KeyboardInterrupt", 130, "vssm sample: interrupted"),
+        ("raise ValueError('sample: said once')", 1, "vssm sample: said once"),
+        (
+            "import torch; raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 MiB. GPU 0 has ...')",
+            1,
+            "vssm sample: CUDA out of memory. Tried to allocate 2 MiB; try a smaller --batch-size or --img-size, or "
+            "another --device",
+        ),
+        (
+            "import safetensors; raise safetensors.SafetensorError('I/O error: No space left on device')",
+            1,
+            "vssm sample: I/O error: No space left on device",
+        ),
         ("from vssm.cli import UsageError; raise UsageError('either a or b')", 2, "vssm sample: either a or b"),
     ],
 )
@@ -128,6 +140,17 @@ def test_every_command_explains_itself(capsys, name):
     summary = next(line for line in capsys.readouterr().out.splitlines() if line.split()[:1] == [name])
     assert summary.split(maxsplit=1)[1] in text
     assert failure(capsys, name, "--nonsense")[0] == 2
+
+
+def test_help_shows_the_defaults_that_say_something():
+    parser = Parser(prog="sample")
+    parser.add_argument("--workers", default=0, help="processes")
+    parser.add_argument("--filter", default="", help="part of a name")
+    parser.add_argument("--fast", action="store_true", help="be quick")
+    text = parser.format_help()
+    assert "processes (default: 0)\n" in text
+    assert "part of a name\n" in text
+    assert "be quick\n" in text
 
 
 def test_help_imports_no_command(capsys, monkeypatch):

@@ -1,13 +1,16 @@
 """Records in files and tables, and the line plots drawn from them."""
 
 import csv
+import errno
 import json
+import os
 
 import pytest
 import torch
 
 from vssm.engine.plot import line_plot
 from vssm.engine.records import environment, format_table, print_table, write_results
+from vssm.files import atomic_path
 
 RECORDS = [
     {"model": "a", "top1": 76.1, "img_size": (160, 256), "dtype": torch.float32},
@@ -97,3 +100,11 @@ def test_line_plot_without_matplotlib_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     with pytest.raises(ValueError, match=r'pip install "vssm\[plot\]"'):
         line_plot(tmp_path / "p.png", {}, xlabel="", ylabel="", title="")
+
+
+def test_a_full_disk_names_the_file_that_was_to_be_written(tmp_path):
+    target = tmp_path / "out.json"
+    with pytest.raises(OSError, match="No space left") as caught, atomic_path(target):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert caught.value.filename == str(target)
+    assert not list(tmp_path.iterdir())

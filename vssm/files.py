@@ -25,6 +25,10 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         yield temporary
         os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files that only their owner can read
         os.replace(temporary, target)
+    except OSError as error:
+        if error.filename in (None, name) and error.strerror:
+            error.filename = str(target)  # a full disk does not say which file it was, and nobody knows the other name
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -8,12 +8,17 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
+from safetensors import SafetensorError
+
 from vssm.cli._options import Parser, UsageError, nearest
 from vssm.cli.config import parse_with_config
 
 __all__ = ["UsageError", "main"]
 
 _DEBUG_VARIABLE = "VSSM_DEBUG"
+# A disk that is full while weights are written is a SafetensorError.
+_EXPECTED = (UsageError, ValueError, OSError, KeyboardInterrupt, torch.OutOfMemoryError, SafetensorError)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,10 +46,11 @@ def main(argv: list[str] | None = None) -> int:
         return leaving.code if isinstance(leaving.code, int) else 0
     except BrokenPipeError:
         return _reader_is_gone()
-    except (UsageError, ValueError, OSError, KeyboardInterrupt) as error:
+    except _EXPECTED as error:
         if os.environ.get(_DEBUG_VARIABLE) == "1":
             raise
-        print(f"{program}: {' '.join(_describe(error).split())}", file=sys.stderr)
+        line = " ".join(_describe(error).split())
+        print(f"{program}: {line.removeprefix(program.removeprefix('vssm ') + ': ')}", file=sys.stderr)
         return _status(error)
 
 
@@ -105,6 +111,9 @@ def _describe(error: BaseException) -> str:
         return "interrupted"
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}"
+    if isinstance(error, torch.OutOfMemoryError):
+        needed = ". ".join(str(error).split(". ")[:2])  # what follows is about torch's allocator
+        return f"{needed}; try a smaller --batch-size or --img-size, or another --device"
     return str(error) or type(error).__name__
 
 

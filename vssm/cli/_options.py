@@ -18,7 +18,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Shows the default of an option where it says something."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        silent = action.default in (None, False, argparse.SUPPRESS) or "%(default)" in (action.help or "")
+        silent = action.default is None or action.default in (argparse.SUPPRESS, "")
         return action.help if silent or action.nargs == 0 else f"{action.help} (default: %(default)s)"
 
 
