@@ -1,6 +1,7 @@
 import csv
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 from torch import nn
 
 from image_folders import TINY, make_folder
+from vssm.cli import demo as demo_command
 from vssm.cli import main
 from vssm.data import open_dataset
 from vssm.data.loaders import InputConfig, eval_loader
@@ -170,6 +172,18 @@ def test_validate_asks_for_weights(capsys):
     assert "float16 needs a GPU" in _fails(capsys, "predict", "x.png", "--amp-dtype", "float16", "--device", "cpu")
 
 
+def test_download_that_fails_names_the_option_for_a_file_at_hand(monkeypatch, capsys, tmp_path):
+    def offline(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("urllib.request.urlopen", offline)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    assert main(["validate", "--model", "vim_tiny_patch16_224", "--pretrained"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "no route to host" in line
+    assert line.endswith("commands take it with --checkpoint, train with --initial-checkpoint")
+
+
 def test_predict_prints_and_writes_probabilities(run, checkpoint, tmp_path, capsys):
     folder, picture, records = run / "data" / "val", tmp_path / "sheet.png", tmp_path / "out.json"
     command = ["predict", str(folder), "--checkpoint", checkpoint, "--json", str(records), "--picture", str(picture)]
@@ -269,6 +283,16 @@ def test_demo_ends_with_pictures_a_record_and_a_verdict(tmp_path, monkeypatch, c
     assert len(record["wrong"]) == 355 - record["held_out"]["correct_top1"]
     assert len(list((output / "images").glob("*/*.png"))) == 20
     assert main(["predict", str(output / "images"), "--checkpoint", str(output / "final.safetensors")]) == 0
+
+
+def test_demo_shows_a_command_that_works_where_the_environment_is_not_activated(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert demo_command._command() == "vssm"
+    programs = tmp_path / ".venv" / "bin"
+    programs.mkdir(parents=True)
+    (programs / "vssm").touch()
+    monkeypatch.setattr(sys, "executable", str(programs / "python"))
+    assert demo_command._command() == ".venv/bin/vssm"
 
 
 @pytest.mark.slow

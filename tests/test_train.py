@@ -17,7 +17,7 @@ from vssm.cli import train as train_command
 from vssm.cli._options import Parser
 from vssm.cli.config import parse_with_config
 from vssm.engine import train as train_module
-from vssm.engine.checkpoints import read_state
+from vssm.engine.checkpoints import claimed, read_state
 from vssm.engine.recipe import DIGITS, Recipe
 from vssm.engine.train import Setting, train
 
@@ -157,7 +157,9 @@ def test_state_that_would_run_code_is_refused(tmp_path, failure):
             return os.mkdir, (str(tmp_path / "trapped"),)
 
     torch.save({"version": 1, "run": Trap()}, tmp_path / "state.pth")
-    assert "incomplete or not a training state" in failure("train", "--resume", tmp_path)[1]
+    line = failure("train", "--resume", tmp_path)[1]
+    assert "incomplete or not a training state" in line
+    assert "weights_only" not in line  # torch's advice would run the code
     assert not (tmp_path / "trapped").exists()
 
 
@@ -176,6 +178,37 @@ def test_interrupted_save_leaves_the_earlier_state(folder, tmp_path, monkeypatch
         train(TINY_RECIPE, setting)
     assert read_state(setting.output)["epoch"] == 1
     assert not [path.name for path in setting.output.iterdir() if path.name.startswith(".")]
+
+
+def test_full_disk_is_one_line_and_leaves_nothing_half_written(folder, tmp_path, monkeypatch, failure):
+    def full(content, path):
+        Path(path).write_bytes(b"half")
+        raise RuntimeError("basic_ios::clear: iostream error")
+
+    monkeypatch.setattr(torch, "save", full)
+    line = failure("train", folder, "--output", tmp_path / "run", *TINY, "--epochs", "1")[1]
+    assert line == f"vssm train: {tmp_path / 'run' / 'state.pth'}: could not be written; is the disk full?"
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"best.safetensors", "best.json", "log.csv"}
+
+
+def test_folder_that_cannot_be_written_into_fails_before_training(folder, tmp_path, monkeypatch, failure):
+    monkeypatch.setattr(train_module, "_run_epoch", lambda *_: pytest.fail("trained for nothing"))
+    file = tmp_path / "file"
+    file.write_text("in the way")
+    for output, message in ((file, "a file, expected a folder"), (file / "run", "Not a directory")):
+        assert message in failure("train", folder, "--output", output, *TINY)[1]
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert "no permission to write into this folder" in failure("train", folder, "--output", tmp_path / "run", *TINY)[1]
+
+
+def test_two_runs_never_write_into_one_folder(folder, tmp_path, failure):
+    output = tmp_path / "run"
+    with claimed(output):
+        line = failure("train", folder, "--output", output, *TINY, "--epochs", "1")[1]
+        assert f"{output}: another run is writing into this folder" in line
+        assert not list(output.iterdir())
+    assert not output.exists()
+    assert main(["train", str(folder), "--output", str(output), *TINY, "--epochs", "1"]) == 0
 
 
 def test_sigterm_ends_a_run_with_its_state_whole(folder, tmp_path):
@@ -200,7 +233,8 @@ def test_sigterm_ends_a_run_with_its_state_whole(folder, tmp_path):
         (["--epochs", "-1"], "--epochs: expected a positive integer, got -1"),
         (["--lr", "fast"], "--lr: expected a number of at least 0, got 'fast'"),
         (["--hflip", "2"], "--hflip: expected a number from 0 to 1, got 2"),
-        (["--workers", "-2"], "--workers: expected a positive integer, got -2"),
+        (["--workers", "-2"], "--workers: expected an integer of at least 0, got '-2'"),
+        (["--opt", "adamm"], "--opt: unknown optimizer 'adamm'; did you mean adam?"),
         (["--aa", "randaugment!"], "--aa: expected a policy such as rand-m9-mstd0.5-inc1, or none"),
         (["--model-kwargs", "depth"], "--model-kwargs: expected NAME=VALUE such as depth=4, got 'depth'"),
         (["--seed", "4294967296"], "--seed: expected an integer from 0 to 4294967295"),
@@ -217,7 +251,9 @@ def test_bad_usage_is_one_line(failure, options, message):
     ("options", "message"),
     [
         (["--model", "vim_tinny"], "unknown model 'vim_tinny'; the nearest names are vim_tiny"),
-        (["--model-kwargs", "depht=1"], "test_vim: "),
+        (["--model-kwargs", "depht=1"], "unexpected keyword argument 'depht'; did you mean depth?"),
+        (["--model-kwargs", "depth=-1"], "test_vim: cannot be built with num_classes=2, img_size=(16, 16), depth=-1: "),
+        (["--aa", "rand-m9-inx1"], "--aa rand-m9-inx1: Unknown RandAugment config section; expected a policy such as"),
         (["--num-classes", "1"], "built with 1 classes, the data has 2"),
         (["--epochs", "2", "--warmup-epochs", "2"], "expected fewer warm-up epochs than epochs, got 2 of 2"),
         (["--scale", "0.9", "0.5"], "expected 0 < scale[0] <= scale[1] <= 1, got 0.9 and 0.5"),
@@ -225,7 +261,6 @@ def test_bad_usage_is_one_line(failure, options, message):
         (["--amp", "--amp-dtype", "float16"], "float16 needs a GPU"),
         (["--batch-size", "1"], "mixup and cutmix need a --batch-size of at least 2, got 1"),
         (["--initial-checkpoint", "nowhere.pth"], "no file 'nowhere.pth'"),
-        (["--opt", "adamm"], "adamm"),
     ],
 )
 def test_settings_that_do_not_fit_are_one_line_and_leave_no_folder(folder, tmp_path, failure, options, message):

@@ -33,7 +33,9 @@ def number(low: float, high: float = float("inf")) -> Callable[[str], float]:
 
 def count(text: str) -> int:
     """Type of an option that counts something that may be absent: an integer of at least 0."""
-    return 0 if text.strip() == "0" else positive_int(text)
+    if not text.strip().isdecimal():
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 0, got {text!r}")
+    return int(text)
 
 
 def key_value(text: str) -> tuple[str, Any]:

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -56,5 +57,12 @@ def _show_files(output: Path) -> None:
     weights = output / "final.safetensors"
     print(f"5. To look at: {output / 'predictions.png'} (digits with their predictions, wrong ones first, in red),")
     print(f"   {output / 'curves.png'} (loss and accuracy), {output / 'record.json'} (settings, versions, results).")
-    print(f"   To try: vssm predict {output / 'images'} --checkpoint {weights}")
-    print(f"           vssm validate --checkpoint {weights}")
+    command = _command()
+    print(f"   To try: {command} predict {output / 'images'} --checkpoint {weights}")
+    print(f"           {command} validate --checkpoint {weights}")
+
+
+def _command() -> str:
+    """What to type for vssm from here, where the environment may not be activated: .venv/bin/vssm after make demo."""
+    script = Path(sys.executable).with_name("vssm")
+    return str(script.relative_to(Path.cwd())) if script.is_relative_to(Path.cwd()) and script.is_file() else "vssm"

@@ -11,8 +11,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from timm.optim import list_optimizers
+
 from vssm.cli import UsageError
-from vssm.cli._options import device, positive_int
+from vssm.cli._options import device, nearest, positive_int
 from vssm.cli._training import AMP_DTYPES, add_model_arguments, chosen_device, count, model_options, number
 from vssm.engine.checkpoints import STATE_FILE, read_state
 from vssm.engine.recipe import DIGITS, Recipe
@@ -73,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
 def _add_optimization(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--batch-size", type=positive_int, metavar="N", help=_help("batch_size", "images per step"))
     group.add_argument("--epochs", type=positive_int, metavar="N", help=_help("epochs", "warm-up included"))
-    group.add_argument("--opt", metavar="NAME", help=_help("opt", "optimizer, by timm's name"))
+    group.add_argument("--opt", type=_optimizer, metavar="NAME", help=_help("opt", "optimizer, by timm's name"))
     group.add_argument("--lr", type=number(0), help=_help("lr", "learning rate after warm-up"))
     group.add_argument("--min-lr", type=number(0), metavar="LR", help=_help("min_lr", "learning rate at the end"))
     group.add_argument("--warmup-lr", type=number(0), metavar="LR", help=_help("warmup_lr", "learning rate at first"))
@@ -138,6 +140,14 @@ def _policy(text: str) -> str:
     return "" if text == "none" else text
 
 
+def _optimizer(text: str) -> str:
+    known = list(map(str, list_optimizers()))
+    name = text.lower().removeprefix("lookahead_")
+    if name not in known:
+        raise argparse.ArgumentTypeError(f"unknown optimizer {text!r}{nearest(name, known)}")
+    return text
+
+
 def _seed(text: str) -> int:
     value = count(text)
     if value > _SEED_LIMIT:
@@ -193,8 +203,6 @@ def _default_workers(data_dir: Path | None) -> int:
 
 
 def _check_is_new(output: Path) -> None:
-    if output.exists() and not output.is_dir():
-        raise FileExistsError(f"{output}: a file, expected a folder to write into")
     if output.is_dir() and any(output.iterdir()):
         raise FileExistsError(
             f"{output}: the folder is not empty; name another with --output, or go on with --resume {output}"

@@ -72,7 +72,17 @@ class Augmentation:
     repeats: int = 1
 
     def transform(self, config: InputConfig) -> Any:
-        """The transform of training: an image to a tensor (channels, height, width)."""
+        """The transform of training: an image to a tensor (channels, height, width).
+
+        Raises:
+            ValueError: timm does not know the policy.
+        """
+        try:
+            return self._transform(config)
+        except AssertionError as error:  # with which timm refuses policies
+            raise ValueError(f"--aa {self.aa}: {error}; expected a policy such as rand-m9-mstd0.5-inc1") from error
+
+    def _transform(self, config: InputConfig) -> Any:
         return create_transform(
             (config.channels, config.height, config.width),
             is_training=True,

@@ -2,6 +2,9 @@
 
 import os
 import pickle
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,6 +84,57 @@ class TrainingState:
         self.epoch, self.history, self.best = stored["epoch"], stored["history"], tuple(stored["best"])
 
 
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Keeps a folder for one run: makes it, lets no other run in, and removes it if it was made for nothing.
+
+    Args:
+        folder: Of the run.
+
+    Raises:
+        FileExistsError: Another run is writing into the folder, or it is a file.
+        PermissionError: It cannot be written into.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder}: a file, expected a folder to write into")
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"{folder}: no permission to write into this folder; name another with --output")
+    try:
+        with _locked(folder):
+            yield
+    finally:
+        if is_new:
+            with suppress(OSError):  # it is not empty: the usual case
+                folder.rmdir()
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds the lock of a folder, which ends with the process at the latest."""
+    if sys.platform == "win32":  # has no such locks
+        yield
+        return
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FileExistsError(
+                f"{folder}: another run is writing into this folder; name another with --output"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_UN)  # closing alone would leave it to processes that read images
+        os.close(handle)
+
+
 def save_state(folder: Path, state: TrainingState, run: dict[str, Any]) -> None:
     """Writes the state of a run into its folder.
 
@@ -88,9 +142,15 @@ def save_state(folder: Path, state: TrainingState, run: dict[str, Any]) -> None:
         folder: Of the run.
         state: What changes.
         run: What does not: settings and data, in plain values.
+
+    Raises:
+        OSError: The disk is full.
     """
     with atomic_path(folder / STATE_FILE) as temporary:
-        torch.save({"version": _VERSION, "run": run, **state.state_dict()}, temporary)
+        try:
+            torch.save({"version": _VERSION, "run": run, **state.state_dict()}, temporary)
+        except RuntimeError as error:  # torch's own for a write that failed
+            raise OSError(f"{folder / STATE_FILE}: could not be written; is the disk full?") from error
 
 
 def read_state(path: str | os.PathLike) -> dict[str, Any]:
@@ -112,8 +172,7 @@ def read_state(path: str | os.PathLike) -> dict[str, Any]:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
-        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
-        raise ValueError(f"{file}: incomplete or not a training state ({reason})") from error
+        raise ValueError(f"{file}: incomplete or not a training state; expected {STATE_FILE} of a run") from error
     if not isinstance(content, dict) or content.get("version") != _VERSION:
         raise ValueError(f"{file}: not a training state of this version of vssm; expected {STATE_FILE} of a run")
     return content

@@ -1,13 +1,17 @@
 """A model with what is needed to use it: how images become its input, and what its outputs are called."""
 
+import difflib
+import inspect
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import timm
+import torch
 from timm.data import ImageNetInfo, resolve_model_data_config
 from torch import Tensor, nn
 
@@ -217,8 +221,26 @@ def _create(spec: ModelSpec) -> nn.Module:
     given = {name: value for name, value in arguments.items() if value is not None}
     try:
         return vssm.create_model(spec.model, pretrained=spec.pretrained, **given)
-    except TypeError as error:  # what a class says of an argument that it does not have
-        raise ValueError(f"{spec.model}: {error}") from error
+    except ConnectionError as error:
+        raise ConnectionError(
+            f"{error}; commands take it with --checkpoint, train with --initial-checkpoint"
+        ) from error
+    except (TypeError, RuntimeError, AssertionError, ArithmeticError) as error:  # arguments that the model cannot take
+        values = ", ".join(f"{name}={value!r}" for name, value in given.items())
+        raise ValueError(
+            f"{spec.model}: cannot be built with {values}: {error}{_suggestion(spec.model, str(error))}"
+        ) from error
+
+
+def _suggestion(name: str, message: str) -> str:
+    """What an argument that a model does not have may have been meant to be; nothing for other failures."""
+    unknown = re.search(r"unexpected keyword argument '(\w+)'", message)
+    if unknown is None:
+        return ""
+    with torch.device("meta"):
+        known = inspect.signature(type(vssm.create_model(name))).parameters
+    close = difflib.get_close_matches(unknown[1], known, n=1)
+    return f"; did you mean {close[0]}?" if close else f"; known are {', '.join(known)}"
 
 
 def _has_fixed_size(name: str) -> bool:

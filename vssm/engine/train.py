@@ -24,7 +24,7 @@ from tqdm import tqdm
 from vssm.data import LabelledImages, open_dataset
 from vssm.data.loaders import Augmentation, Batch, ReadingCheck, eval_loader, train_loader
 from vssm.engine import classifier as classifiers
-from vssm.engine.checkpoints import TrainingState, save_state
+from vssm.engine.checkpoints import TrainingState, claimed, save_state
 from vssm.engine.classifier import Classifier
 from vssm.engine.curves import draw_curves
 from vssm.engine.evaluate import autocast, evaluate
@@ -94,6 +94,7 @@ def train(recipe: Recipe, setting: Setting, *, resume: dict[str, Any] | None = N
         FileNotFoundError: There is no such data.
         ValueError: Model, data and settings do not fit together, too many files cannot be read, or the loss has become
             infinite or not a number.
+        OSError: The output folder cannot be written into, or another run is writing into it.
     """
     _check_precision(recipe, setting.device)
     start = time.perf_counter()
@@ -101,10 +102,11 @@ def train(recipe: Recipe, setting: Setting, *, resume: dict[str, Any] | None = N
     state = _initial_state(run)
     if resume is not None:
         state.load_state_dict(resume)
-    while state.epoch < recipe.epochs:
-        row = _run_epoch(run, state)
-        _keep_epoch(run, state, row)
-    return _finish(run, state, seconds=time.perf_counter() - start)
+    with claimed(setting.output):
+        while state.epoch < recipe.epochs:
+            row = _run_epoch(run, state)
+            _keep_epoch(run, state, row)
+        return _finish(run, state, seconds=time.perf_counter() - start)
 
 
 def _check_precision(recipe: Recipe, device: torch.device) -> None:
