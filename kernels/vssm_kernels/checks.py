@@ -5,6 +5,7 @@ by :func:`check_values`, where that costs no device synchronisation.
 """
 
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ def check_directional_scan(
     else:
         k, t = (x.shape[2] if x.ndim == 4 else A.shape[0]), l
     p = 1 if chain else k  # parameter sets
-    expect.context = f"for {k} directions, {l} tokens and width {d}"
+    expect.context = lambda: f"for {k} directions, {l} tokens and width {d}"
     if t > l:
         raise ValueError(f"directional_scan: order has {t} steps for {l} tokens; a direction visits a token once")
     expect.shape("A", A, (p, d, n))
@@ -96,7 +97,7 @@ def check_selective_scan(
     b, d, l = u.shape
     n = A.shape[-1]
     groups = next((m.shape[1] for m in (B, C) if m.ndim == 4), 1)
-    expect.context = f"for {d} channels and {l} tokens" + (f" in {groups} groups" if groups > 1 else "")
+    expect.context = lambda: f"for {d} channels and {l} tokens" + (f" in {groups} groups" if groups > 1 else "")
     if groups < 1 or d % groups:
         raise ValueError(f"selective_scan: B has {groups} groups, which must divide the {d} channels")
     expect.shape("A", A, (d, n))
@@ -135,11 +136,14 @@ def check_values(tokens: int, A: Tensor, order: Tensor | None, gap: Tensor | Non
 
 
 class _Expectation:
-    """Checks of one call; ``context`` names the sizes that the expected shapes follow from."""
+    """Checks of one call; ``context`` names the sizes that the expected shapes follow from.
+
+    It is a function, for sizes may be symbols: writing one out would bind a compiled graph to its value.
+    """
 
     def __init__(self, function: str) -> None:
         self.function = function
-        self.context = ""
+        self.context: Callable[[], str] = lambda: ""
 
     def kinds(self, tensors: dict[str, Tensor | None], A: Tensor) -> None:
         for name, tensor in tensors.items():
@@ -172,7 +176,7 @@ class _Expectation:
     def shape(self, name: str, tensor: Tensor, *allowed: tuple[int, ...]) -> None:
         if all(tensor.shape != shape for shape in allowed):
             spelled = " or ".join(str(tuple(int(size) for size in shape)) for shape in allowed)
-            raise ValueError(f"{self.function}: {name} must be {spelled} {self.context}, got {tuple(tensor.shape)}")
+            raise ValueError(f"{self.function}: {name} must be {spelled} {self.context()}, got {tuple(tensor.shape)}")
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -8,6 +8,7 @@ import torch
 from timm.models import group_parameters
 from timm.optim import param_groups_weight_decay
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import vssm
 from vssm.layers.conv import CausalTokenConv, TokenConv
@@ -247,7 +248,7 @@ def test_exports_with_any_size(name):
     model = vssm.create_model(name, dynamic_img_size=True, depth=2).eval()
     example = torch.randn(1, 3, 112, 80)
     sizes = {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
-    program = torch.export.export(model, (example,), dynamic_shapes=(sizes,)).module()
+    program = torch.export.export(model, (example,), dynamic_shapes=(sizes,), strict=True).module()
     for size in (model.img_size, (64, 144), (97, 75)):  # its own, another grid of as many patches, and an odd one
         other = torch.randn(1, 3, *size)
         with torch.no_grad():
@@ -258,11 +259,13 @@ def test_exports_with_any_size(name):
 def test_compiles_for_any_size(name):
     model = vssm.create_model(name, dynamic_img_size=True, depth=2).eval()
     torch.compiler.reset()
-    compiled = torch.compile(model, dynamic=True, fullgraph=True, backend="aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, dynamic=True, fullgraph=True, backend=counter)
     for size in ((112, 80), model.img_size, (64, 144)):
         other = torch.randn(1, 3, *size)
         with torch.no_grad():
             torch.testing.assert_close(compiled(other), model(other), rtol=1e-4, atol=1e-5)
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("name", TOKEN_NAMES)
