@@ -195,3 +195,11 @@ def test_unknown_model_writes_nothing(capsys, tmp_path):
     assert main(["benchmark", "test_vin", "--results", str(tmp_path / "r.json")]) == 1
     assert "test_vim" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_backend_of_the_environment_holds_unless_the_command_line_names_one(monkeypatch, capsys):
+    monkeypatch.setenv("VSSM_SCAN_BACKEND", "none_such")
+    command = ["benchmark", "--op", "--shapes", "1,4,2,8", "--repeats", "2", "--warmup", "1", "--device", "cpu"]
+    assert main(command) == 1
+    assert "none_such" in capsys.readouterr().err
+    assert main([*command, "--backend", "torch"]) == 0

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from contextlib import nullcontext
 
 import torch
 
@@ -14,6 +15,7 @@ from vssm.engine.records import print_table, write_results
 from vssm_kernels import available_backends, use_backend
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+_BACKEND_HELP = "of the scan (default: VSSM_SCAN_BACKEND of the environment, or else auto)"
 _MODEL_COLUMNS = ["model", "img_size", "params_m", "latency_ms", "batch_size", "images_per_s", "peak_memory_mib"]
 _TRAIN_COLUMNS = ["train_batch_size", "train_images_per_s", "train_peak_memory_mib"]
 _OP_COLUMNS = ["op", "b", "d", "n", "l", "forward_ms", "forward_backward_ms", "peak_memory_mib", "relative_error"]
@@ -25,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_model_arguments(parser.add_argument_group("models"))
     _add_op_arguments(parser.add_argument_group("the scan alone"))
     parser.add_argument("--device", type=device, help="cpu, cuda, cuda:1 ...; a GPU by default if there is one")
-    parser.add_argument("--backend", choices=("auto", *available_backends()), default="auto", help="of the scan")
+    parser.add_argument("--backend", choices=("auto", *available_backends()), help=_BACKEND_HELP)
     parser.add_argument(
         "--amp-dtype", choices=sorted(_DTYPES), help="half precision: autocast of models, inputs of --op"
     )
@@ -45,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"--device {device}: time and memory are known exactly on cpu and cuda only")
-    with use_backend(args.backend):
+    with use_backend(args.backend) if args.backend else nullcontext():
         records = _benchmark_op(args, device) if args.op else _benchmark_models(args, device)
     if args.results:
         write_results(args.results, records)
