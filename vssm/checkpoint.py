@@ -225,6 +225,8 @@ def _load_pickle(path: Path, trust_pickle: bool) -> Any:
 
 def _unreadable(path: Path, error: Exception) -> ValueError:
     reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+    if "weights_only" in reason:  # torch's advice to load it all the same, which would run code from the file
+        reason = "its content is not plain tensors"
     return ValueError(f"checkpoint.read: {str(path)!r} is incomplete or not a checkpoint ({reason})")
 
 
