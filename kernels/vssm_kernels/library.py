@@ -18,49 +18,22 @@ from vssm_kernels.scan_call import DIFFERENTIABLE, ScanCall
 _Shape = tuple[int, ...]
 
 
-@torch.library.custom_op("vssm::scan", mutates_args=())
-def scan(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor | None,
-    D: Tensor | None,
-    dt_weight: Tensor | None,
-    dt_bias: Tensor | None,
-    z: Tensor | None,
-    order: Tensor | None,
-    gap: Tensor | None,
-    softplus: bool,
-    params: str,
-    chain: bool,
-    merge: bool,
-    return_last_state: bool,
-    out_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor]:
+# The fields of ScanCall, in their order.
+_ARGUMENTS = """
+    Tensor x, Tensor dt, Tensor A, Tensor B, Tensor? C, Tensor? D, Tensor? dt_weight, Tensor? dt_bias, Tensor? z,
+    Tensor? order, Tensor? gap, bool softplus, str params, bool chain, bool merge, bool return_last_state,
+    ScalarType? out_dtype
+"""
+
+
+@torch.library.custom_op("vssm::scan", mutates_args=(), schema=f"({_ARGUMENTS}) -> (Tensor, Tensor)")
+def scan(*args: Any) -> tuple[Tensor, Tensor]:
     """Result and last state of a directional scan; the state is empty unless ``return_last_state``."""
-    call = ScanCall(
-        x,
-        dt,
-        A,
-        B,
-        C,
-        D,
-        dt_weight=dt_weight,
-        dt_bias=dt_bias,
-        z=z,
-        order=order,
-        gap=gap,
-        softplus=softplus,
-        params=params,
-        chain=chain,
-        merge=merge,
-        return_last_state=return_last_state,
-        out_dtype=out_dtype,
-    )
-    check_values(call.tokens, A, order, gap)
-    with torch.autocast(x.device.type, enabled=False):  # it would reach into the body and round the products there
-        return backend_for(x.device.type).forward(call)
+    call = ScanCall(*args)
+    check_values(call.tokens, call.A, call.order, call.gap)
+    device = call.x.device.type
+    with torch.autocast(device, enabled=False):  # it would reach into the body and round the products there
+        return backend_for(device).forward(call)
 
 
 @scan.register_fake
@@ -71,50 +44,15 @@ def _(*args: Any) -> tuple[Tensor, Tensor]:
     return y, call.x.new_empty(call.state_shape, dtype=call.compute_dtype)
 
 
-@torch.library.custom_op("vssm::scan_backward", mutates_args=())
-def scan_backward(
-    dy: Tensor,
-    dstate: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor | None,
-    D: Tensor | None,
-    dt_weight: Tensor | None,
-    dt_bias: Tensor | None,
-    z: Tensor | None,
-    order: Tensor | None,
-    gap: Tensor | None,
-    softplus: bool,
-    params: str,
-    chain: bool,
-    merge: bool,
-    return_last_state: bool,
-    out_dtype: torch.dtype | None,
-) -> list[Tensor]:
+@torch.library.custom_op(
+    "vssm::scan_backward", mutates_args=(), schema=f"(Tensor dy, Tensor dstate, {_ARGUMENTS}) -> Tensor[]"
+)
+def scan_backward(dy: Tensor, dstate: Tensor, *args: Any) -> list[Tensor]:
     """Gradients of the inputs that are present, in the order of ``DIFFERENTIABLE``."""
-    call = ScanCall(
-        x,
-        dt,
-        A,
-        B,
-        C,
-        D,
-        dt_weight=dt_weight,
-        dt_bias=dt_bias,
-        z=z,
-        order=order,
-        gap=gap,
-        softplus=softplus,
-        params=params,
-        chain=chain,
-        merge=merge,
-        return_last_state=return_last_state,
-        out_dtype=out_dtype,
-    )
-    with torch.autocast(x.device.type, enabled=False):
-        gradients = backend_for(x.device.type).backward(call, dy, dstate)
+    call = ScanCall(*args)
+    device = call.x.device.type
+    with torch.autocast(device, enabled=False):
+        gradients = backend_for(device).backward(call, dy, dstate)
     return [gradients[name].to(tensor.dtype) for name, tensor in _differentiable(call)]
 
 
