@@ -1,18 +1,29 @@
 """Measurements of time and memory, of models and of the scan alone."""
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-import vssm.engine.benchmark_op
+import vssm.engine.op_subjects
 from vssm.cli import main
 from vssm.engine.benchmark import Setting, benchmark_models
-from vssm.engine.benchmark_op import benchmark_op
+from vssm.engine.benchmark_op import OpSetting, benchmark_op, relative_error
+from vssm.engine.op_limits import Limits
+from vssm.engine.op_rivals import cuda_scan
+from vssm.engine.op_shapes import NAMED_SHAPES, Anchor, OpShape, read_anchors, read_shapes
+from vssm.engine.op_subjects import subjects, token_inputs
 from vssm.engine.timing import measure_memory, measure_time
+from vssm.scan_order import scatter
+from vssm_kernels.reference import selective_scan_ref
 
+ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
+QUICK = OpSetting(CPU, warmup=1, repeats=2)
+SUBJECTS = ("directional_scan", "selective_scan")
 
 
 def test_time_is_that_of_the_calls_after_the_warmup(monkeypatch):
@@ -53,30 +64,151 @@ def test_memory_of_a_release_inside_the_call_is_not_negative(device):
 
 def test_memory_sees_inside_the_op():
     small, large = (
-        benchmark_op([(1, 4, 16, length)], device=CPU, warmup=1, repeats=2)[0]["peak_memory_mib"]
-        for length in (64, 4096)
+        benchmark_op([OpShape(1, 1, 4, 16, length, 2)], QUICK)[0]["peak_memory_mib"] for length in (64, 4096)
     )
     gradients = 4096 * 4 * (2 * 4 + 2 * 16) / 2**20
     assert large > gradients > small
 
 
 def test_op_records_agree_with_the_loop():
-    records = benchmark_op([(2, 6, 3, 17)], device=CPU, against_loop=True, warmup=1, repeats=2)
-    assert [record["op"] for record in records] == ["selective_scan", "directional_scan", "loop"]
+    setting = QUICK._replace(against=("loop", "torch", "official"))
+    records = benchmark_op([OpShape(2, 4, 6, 3, 16, 2, "cross")], setting)
+    assert [record["op"] for record in records] == [*SUBJECTS, "loop", "torch", "official"]
     for record in records:
-        assert (record["b"], record["d"], record["n"], record["l"], record["dtype"]) == (2, 6, 3, 17, "float32")
-        assert 0 < record["forward_p10_ms"] <= record["forward_ms"] <= record["forward_p90_ms"]
-        assert record["forward_backward_ms"] > 0
+        assert [record[key] for key in ("b", "k", "d", "n", "l", "r")] == [2, 4, 6, 3, 16, 2]
+        assert (record["order"], record["dtype"], record["device"]) == ("cross", "float32", "cpu")
+        for phase in ("forward", "backward", "forward_backward"):
+            assert 0 < record[f"{phase}_p10_ms"] <= record[f"{phase}_ms"] <= record[f"{phase}_p90_ms"]
         assert record["peak_memory_mib"] > 0
         assert record["relative_error"] < 1e-6
-        assert record["device"] == "cpu"
+    assert records[2]["speedup_backward"] == 1
+    assert records[0]["speedup_forward"] == records[2]["forward_ms"] / records[0]["forward_ms"]
+    assert records[-1]["scan"] == "vssm"
+
+
+def test_gradients_of_the_composition_are_those_of_the_directional_scan():
+    shape = OpShape(2, 4, 6, 3, 16, 2, "cross")
+    ours, _, official = subjects(shape, CPU, torch.float64, ["official"])
+    upstream = torch.randn(2, 16, 6, dtype=torch.float64)
+    dx, *others = torch.autograd.grad(ours.as_tokens(ours.call()), ours.inputs, upstream)
+    dx_map, ddt, *others_too = torch.autograd.grad(official.as_tokens(official.call()), official.inputs, upstream)
+    assert relative_error(dx_map.flatten(2).mT, dx) < 1e-12
+    assert relative_error(scatter(ddt.permute(0, 3, 1, 2), shape.table(), 16), others[0]) < 1e-12
+    assert relative_error(others_too[2].unflatten(0, (4, 6)), others[1]) < 1e-12  # of A
+
+
+def test_inputs_are_views_of_one_projection_with_the_steps_of_a_model():
+    x, dt, A, B, C, _, _, dt_bias = token_inputs(OpShape(2, 4, 6, 3, 16, 2, "cross"), CPU, torch.bfloat16)
+    assert x.is_contiguous()
+    assert dt.stride() == B.stride() == C.stride() == (16 * 4 * 8, 4 * 8, 8, 1)
+    assert len({tensor.untyped_storage().data_ptr() for tensor in (dt, B, C)}) == 1
+    assert A[1, 2].tolist() == [-1, -2, -3]
+    steps = nn.functional.softplus(dt_bias.detach())
+    assert 0.00099 < float(steps.min()) < float(steps.max()) < 0.101
 
 
 def test_op_records_show_a_wrong_result(monkeypatch):
-    right = vssm.engine.benchmark_op.selective_scan
-    monkeypatch.setattr(vssm.engine.benchmark_op, "selective_scan", lambda *a, **k: 3 * right(*a, **k))
-    record = benchmark_op([(1, 4, 2, 8)], device=CPU, against_loop=True, warmup=1, repeats=2)[0]
+    right = vssm.engine.op_subjects.selective_scan
+    monkeypatch.setattr(vssm.engine.op_subjects, "selective_scan", lambda *a, **k: 3 * right(*a, **k))
+    record = benchmark_op([OpShape(1, 1, 4, 2, 8, 1)], QUICK._replace(against=("loop",)))[1]
     assert record["relative_error"] == pytest.approx(2)
+
+
+def test_limits_count_every_byte_once_and_every_special_function():
+    [ours, theirs] = subjects(OpShape(2, 4, 6, 3, 16, 2, "cross"), CPU, torch.bfloat16)
+    limits = Limits(copy_gb_per_s=1.0, exps_per_ms=10.0)
+    projected, parameters = 2 * 16 * 4 * (2 + 2 * 3), 4 * 6 * (3 + 1 + 2 + 1)
+    described = limits.describe(OpShape(2, 4, 6, 3, 16, 2, "cross"), ours.inputs, ours.call())
+    tokens = 2 * 16 * 6
+    assert described["forward_bytes"] == 2 * (2 * tokens + projected) + 4 * parameters
+    assert described["backward_bytes"] == 2 * (3 * tokens + 2 * projected) + 2 * 4 * parameters
+    assert described["forward_floor_ms"] == pytest.approx(described["forward_bytes"] / 1e6)
+    assert described["exp_floor_ms"] == 2 * 4 * 6 * 16 * (3 + 2) / 10
+    sequences = limits.describe(OpShape(2, 4, 6, 3, 16, 2, "cross"), theirs.inputs, theirs.call())
+    assert sequences["forward_bytes"] == 2 * (3 * 4 * tokens + 2 * 2 * 16 * 4 * 3) + 4 * 4 * 6 * (3 + 2)
+
+
+class FakeCudaScan:
+    """selective_scan_cuda in plain torch, with its arguments and results."""
+
+    @staticmethod
+    def fwd(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
+        y = selective_scan_ref(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+        return y, torch.zeros(())
+
+    @staticmethod
+    def bwd(u, delta, A, B, C, D, z, delta_bias, dout, x, out, dz, delta_softplus, recompute):
+        leaves = [tensor.detach().requires_grad_() for tensor in (u, delta, A, B, C, D, delta_bias)]
+        with torch.enable_grad():
+            y = selective_scan_ref(*leaves[:6], z, leaves[6], delta_softplus)
+        return torch.autograd.grad(y, leaves, dout)
+
+
+def test_the_scan_of_mamba_ssm_is_measured_where_it_can_be_imported(monkeypatch):
+    monkeypatch.setitem(sys.modules, "selective_scan_cuda", FakeCudaScan)
+    scan = cuda_scan(torch.device("cuda"))
+    monkeypatch.setattr(vssm.engine.op_subjects, "cuda_scan", lambda device: scan)
+    shape = OpShape(2, 4, 6, 3, 16, 2, "cross")
+    ours, theirs, official = list(subjects(shape, CPU, torch.float32, ["mamba_ssm", "official"]))[1:]
+    assert (theirs.name, official.facts) == ("mamba_ssm", {"scan": "mamba_ssm"})
+    upstream = torch.randn_like(ours.call())
+    for found, expected in zip(
+        torch.autograd.grad(theirs.call(), theirs.inputs, upstream),
+        torch.autograd.grad(ours.call(), ours.inputs, upstream),
+        strict=True,
+    ):
+        assert relative_error(found, expected) < 1e-5
+
+
+def test_what_cannot_be_measured_is_left_out_with_a_line(caplog):
+    setting = QUICK._replace(against=("mamba_ssm", "official"))
+    records = benchmark_op([OpShape(1, 2, 4, 2, 8, 1, "bidirectional")], setting)
+    assert [record["op"] for record in records] == list(SUBJECTS)
+    assert [line.partition(" is")[0] for line in caplog.messages] == ["mamba_ssm", "official"]
+
+
+def test_what_does_not_fit_into_memory_is_left_out_with_a_line(monkeypatch, caplog):
+    def hungry(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(vssm.engine.op_subjects, "selective_scan", hungry)
+    [record] = benchmark_op([OpShape(1, 1, 4, 2, 8, 1)], QUICK)
+    assert record["op"] == "directional_scan"
+    assert "selective_scan: not enough memory" in caplog.text
+
+
+def test_anchors_give_speedups_at_their_shape_and_dtype():
+    anchors = read_anchors(str(ROOT / "benchmarks" / "anchors_h100.json"))
+    assert set(anchors) == {shape.sizes for shape in NAMED_SHAPES["vision"]}
+    shape = OpShape(1, 1, 4, 2, 8, 1)
+    here = {shape.sizes: Anchor("theirs", 2.0, 4.0, "a test")}
+    record = benchmark_op([shape], QUICK, anchors=here)[0]
+    assert record["speedup_over_anchor_backward"] == 4.0 / record["backward_ms"]
+    assert (record["anchor"], record["anchor_forward_ms"], record["anchor_source"]) == ("theirs", 2.0, "a test")
+    elsewhere = {shape.sizes: Anchor("theirs", 2.0, 4.0, "a test", dtype="bfloat16")}
+    assert "anchor" not in benchmark_op([shape], QUICK, anchors=elsewhere)[0]
+
+
+@pytest.mark.parametrize("name", NAMED_SHAPES)
+def test_named_shapes_have_an_order_of_their_directions(name):
+    shapes = read_shapes(name)
+    assert shapes
+    assert all(shape.table().shape == (shape.k, shape.l) for shape in shapes)
+
+
+def test_lengths_share_their_tokens():
+    assert {shape.l for shape in NAMED_SHAPES["lengths"]} == {196, 784, 3136, 12544, 50176, 100352}
+    assert all(shape.b * shape.l == pytest.approx(2**17, rel=0.25) for shape in NAMED_SHAPES["lengths"])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_graphs_are_captured_and_replayed():
+    setting = OpSetting(torch.device("cuda"), torch.bfloat16, against=("official",), warmup=2, repeats=5)
+    for record in benchmark_op([OpShape(2, 4, 32, 1, 196, 2, "cross")], setting):
+        assert record["cuda_graph"]
+        assert record["exp_floor_ms"] > 0
+        assert record["relative_error"] < 1e-2
 
 
 def test_model_record():
@@ -149,7 +281,7 @@ def test_command_measures_the_op(capsys, tmp_path):
     ]
     assert main([*argv, "--backend", "torch", "--results", str(target), "--plot", str(tmp_path / "op.png")]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["op", *(2 * ["selective_scan", "directional_scan", "loop"])]
+    assert [line.split()[0] for line in lines] == ["op", *(2 * ["directional_scan", "selective_scan", "loop"])]
     assert [record["l"] for record in json.loads(target.read_text())] == [8, 8, 8, 16, 16, 16]
     assert (tmp_path / "op.png").read_bytes().startswith(b"\x89PNG")
 
@@ -168,8 +300,9 @@ def test_command_measures_models_at_several_sizes(capsys, tmp_path):
     [
         ([], "expected either models or --op, got neither"),
         (["test_vim", "--op"], "expected either models or --op, got both"),
-        (["--op", "--shapes", "1,2,3"], "argument --shapes: expected positive b,d,n,l such as"),
-        (["--op", "--shapes", "1,2,0,3"], "argument --shapes: expected positive b,d,n,l such as"),
+        (["--op", "--shapes", "1,2,3"], f"argument --shapes: expected {', '.join(NAMED_SHAPES)}, a .json file or"),
+        (["--op", "--shapes", "1,2,0,3"], f"argument --shapes: expected {', '.join(NAMED_SHAPES)}, a .json file or"),
+        (["--op", "--against", "loop,mamba"], "argument --against: expected some of loop, torch, mamba_ssm, official"),
         (["--op", "--repeats", "1"], "argument --repeats: expected at least 2"),
         (["--op", "--device", "nonsense"], "argument --device: expected a device such as cpu or cuda:0"),
         (["--op", "--device", "cuda:99"], "argument --device: no device 'cuda:99' here"),
@@ -183,6 +316,48 @@ def test_bad_usage_is_one_line(capsys, argv, message):
     assert captured.out == ""
     assert captured.err.startswith(f"vssm benchmark: {message}")
     assert captured.err.count("\n") == 1
+
+
+GOOD = {"b": 1, "k": 4, "d": 8, "n": 1, "l": 16, "r": 2, "order": "cross"}
+TIMES = {"b": 1, "k": 1, "d": 8, "n": 1, "l": 16, "name": "x", "forward_ms": 1.0, "backward_ms": 2.0, "source": "y"}
+
+
+@pytest.mark.parametrize(
+    ("option", "content", "message"),
+    [
+        ("--shapes", "{", "not a JSON file"),
+        ("--shapes", "[]", "expected a list of at least one object"),
+        ("--shapes", json.dumps([{"b": 1, "d": 8}]), "expected the key n, l, r in"),
+        ("--shapes", json.dumps([GOOD | {"K": 4}]), "unknown key K in"),
+        ("--shapes", json.dumps([GOOD | {"n": 1.5}]), "expected a positive integer for n, got 1.5"),
+        ("--shapes", json.dumps([GOOD | {"b": True}]), "expected a positive integer for b, got True"),
+        ("--shapes", json.dumps([GOOD | {"l": 15}]), "order 'cross' needs a square number of tokens, got l = 15"),
+        ("--shapes", json.dumps([GOOD | {"k": 2}]), "order 'cross' has 4 directions, got k = 2"),
+        ("--shapes", json.dumps([GOOD | {"order": ["row"]}]), "order must be one of row, column"),
+        ("--shapes", json.dumps([{**GOOD, "k": 2, "order": "window"}]), "order must be one of row, column"),
+        (
+            "--shapes",
+            json.dumps([{key: GOOD[key] for key in GOOD if key != "order"}]),
+            "k = 4 directions need an order",
+        ),
+        ("--anchors", json.dumps([TIMES | {"forward_ms": "fast"}]), "expected a positive number for forward_ms"),
+        ("--anchors", json.dumps([TIMES, TIMES]), "expected every shape once"),
+        ("--anchors", json.dumps([GOOD]), "expected the key name, forward_ms, backward_ms, source in"),
+    ],
+)
+def test_a_bad_file_is_one_line(capsys, tmp_path, option, content, message):
+    path = tmp_path / "file.json"
+    path.write_text(content)
+    assert main(["benchmark", "--op", option, str(path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"vssm benchmark: argument {option}: {path}: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_missing_file_is_one_line(capsys, tmp_path):
+    assert main(["benchmark", "--op", "--shapes", str(tmp_path / "none.json")]) == 1
+    assert capsys.readouterr().err == f"vssm benchmark: {tmp_path / 'none.json'}: No such file or directory\n"
 
 
 def test_a_device_without_exact_measures_is_refused(capsys, monkeypatch):

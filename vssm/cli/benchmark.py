@@ -1,24 +1,45 @@
 """Time models, or the scan alone with --op, and measure their memory."""
 
 import argparse
-import re
 from contextlib import nullcontext
 
 import torch
 
-from vssm.cli import UsageError
+from vssm.cli import UsageError, _op_options
 from vssm.cli._options import device, image_size, picture_path, positive_int, results_path
 from vssm.engine.benchmark import Setting, benchmark_models
-from vssm.engine.benchmark_op import DEFAULT_SHAPES, benchmark_op
+from vssm.engine.benchmark_op import OpSetting, benchmark_op
+from vssm.engine.op_plot import plot_op
+from vssm.engine.op_subjects import RIVALS
 from vssm.engine.plot import line_plot
 from vssm.engine.records import print_table, write_results
 from vssm_kernels import available_backends, use_backend
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+_HALF = ("bfloat16", "float16")
 _BACKEND_HELP = "of the scan (default: VSSM_SCAN_BACKEND of the environment, or else auto)"
 _MODEL_COLUMNS = ["model", "img_size", "params_m", "latency_ms", "batch_size", "images_per_s", "peak_memory_mib"]
 _TRAIN_COLUMNS = ["train_batch_size", "train_images_per_s", "train_peak_memory_mib"]
-_OP_COLUMNS = ["op", "b", "d", "n", "l", "forward_ms", "forward_backward_ms", "peak_memory_mib", "relative_error"]
+_OP_COLUMNS = {
+    **{key: key for key in ("op", "b", "k", "d", "n", "l")},
+    "fwd ms": "forward_ms",
+    "bwd ms": "backward_ms",
+    "both ms": "forward_backward_ms",
+    "floor/fwd": "forward_fraction_of_floor",
+    "floor/bwd": "backward_fraction_of_floor",
+    "peak MiB": "peak_memory_mib",
+}
+_AGAINST_COLUMNS = {
+    "x fwd": "speedup_forward",
+    "x bwd": "speedup_backward",
+    "x both": "speedup_forward_backward",
+    "error": "relative_error",
+}
+_ANCHOR_COLUMNS = {
+    "anchor fwd": "anchor_forward_ms",
+    "x anchor fwd": "speedup_over_anchor_forward",
+    "anchor bwd": "anchor_backward_ms",
+    "x anchor bwd": "speedup_over_anchor_backward",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,9 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_op_arguments(parser.add_argument_group("the scan alone"))
     parser.add_argument("--device", type=device, help="cpu, cuda, cuda:1 ...; a GPU by default if there is one")
     parser.add_argument("--backend", choices=("auto", *available_backends()), help=_BACKEND_HELP)
-    parser.add_argument(
-        "--amp-dtype", choices=sorted(_DTYPES), help="half precision: autocast of models, inputs of --op"
-    )
+    parser.add_argument("--amp-dtype", choices=_HALF, help="half precision: autocast of models, inputs of --op")
     parser.add_argument("--threads", type=positive_int, help="CPU threads; as many as cores by default")
     parser.add_argument("--warmup", type=positive_int, default=3, help="calls before the timed ones")
     parser.add_argument("--repeats", type=_repeats, default=10, help="timed calls; the median and percentiles are kept")
@@ -52,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     if args.results:
         write_results(args.results, records)
     if args.plot:
-        (_plot_op if args.op else _plot_models)(args.plot, records)
+        (plot_op if args.op else _plot_models)(args.plot, records)
     return 0
 
 
@@ -64,25 +83,34 @@ def _add_model_arguments(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_op_arguments(group: argparse._ArgumentGroup) -> None:
-    default = ";".join(",".join(map(str, shape)) for shape in DEFAULT_SHAPES)
     group.add_argument(
-        "--op", action="store_true", help="measure selective_scan and directional_scan, forward and backward"
+        "--op", action="store_true", help="measure directional_scan and selective_scan, forward and backward"
     )
     group.add_argument(
-        "--shapes",
-        type=_shapes,
-        default=default,
-        metavar='"b,d,n,l;..."',
-        help="batch, channels, states and tokens of --op",
+        "--shapes", type=_op_options.shapes, default="default", metavar="SET|FILE|SIZES", help=_op_options.SHAPES_HELP
     )
-    group.add_argument("--against", choices=("loop",), help="also measure the reference loop over tokens")
+    group.add_argument(
+        "--against",
+        type=_op_options.rivals,
+        metavar="NAME,...",
+        help=f"also measure {', '.join(RIVALS)}; speedups are over the first",
+    )
+    group.add_argument(
+        "--anchors", type=_op_options.anchors, metavar="FILE", help="JSON file of times measured elsewhere"
+    )
+    group.add_argument(
+        "--graph",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="on a GPU, time replays of CUDA graphs, without the gaps between launches",
+    )
 
 
 def _benchmark_models(args: argparse.Namespace, device: torch.device) -> list[dict]:
     setting = Setting(
         device=device,
         batch_size=args.batch_size or (8 if device.type == "cpu" else 128),
-        amp_dtype=_DTYPES.get(args.amp_dtype),
+        amp_dtype=_op_options.DTYPES.get(args.amp_dtype),
         train=args.train,
         compile=args.compile,
         warmup=args.warmup,
@@ -94,15 +122,17 @@ def _benchmark_models(args: argparse.Namespace, device: torch.device) -> list[di
 
 
 def _benchmark_op(args: argparse.Namespace, device: torch.device) -> list[dict]:
-    records = benchmark_op(
-        args.shapes,
+    setting = OpSetting(
         device=device,
-        dtype=_DTYPES.get(args.amp_dtype, torch.float32),
-        against_loop=args.against == "loop",
+        dtype=_op_options.DTYPES[args.amp_dtype or "float32"],
+        against=args.against or (),
+        graph=args.graph,
         warmup=args.warmup,
         repeats=args.repeats,
     )
-    print_table(records, _OP_COLUMNS if args.against else _OP_COLUMNS[:-1])
+    records = benchmark_op(args.shapes, setting, anchors=args.anchors)
+    columns = _OP_COLUMNS | (_AGAINST_COLUMNS if args.against else {}) | (_ANCHOR_COLUMNS if args.anchors else {})
+    print_table([{head: record.get(key) for head, key in columns.items()} for record in records], list(columns))
     return records
 
 
@@ -115,28 +145,8 @@ def _plot_models(path: str, records: list[dict]) -> None:
     line_plot(path, series, xlabel="image height in pixels", ylabel="images per second", title="Inference", logy=True)
 
 
-def _plot_op(path: str, records: list[dict]) -> None:
-    series: dict[str, tuple[list, list]] = {}
-    for record in records:
-        label = f"{record['op']}, b={record['b']}, d={record['d']}, n={record['n']}"
-        lengths, times = series.setdefault(label, ([], []))
-        lengths.append(record["l"])
-        times.append(record["forward_backward_ms"])
-    title = "Scan, forward and backward"
-    line_plot(path, series, xlabel="tokens", ylabel="milliseconds", title=title, logx=True, logy=True)
-
-
 def _image_sizes(text: str) -> list[tuple[int, int]]:
     return [image_size(part.strip()) for part in text.split(",")]
-
-
-def _shapes(text: str) -> list[tuple[int, int, int, int]]:
-    if not re.fullmatch(r"\s*\d+(\s*,\s*\d+){3}\s*(;\s*\d+(\s*,\s*\d+){3}\s*)*", text) or "0" in re.findall(
-        r"\d+", text
-    ):
-        raise argparse.ArgumentTypeError(f"expected positive b,d,n,l such as 1,192,1,3136;1,384,16,197, got {text!r}")
-    quadruples = [[int(number) for number in part.split(",")] for part in text.split(";")]
-    return [(b, d, n, l) for b, d, n, l in quadruples]
 
 
 def _repeats(text: str) -> int:

@@ -1,138 +1,174 @@
-"""Speed and memory of the scan alone, beside the loop over tokens."""
+"""Speed and memory of the scan alone, beside the limits of the device and what others run."""
 
-from collections.abc import Callable, Iterator, Sequence
+import logging
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
+from vssm.engine.op_limits import Limits, measure_limits
+from vssm.engine.op_shapes import Anchor, OpShape
+from vssm.engine.op_subjects import Subject, log_left_out, subjects
 from vssm.engine.records import environment
-from vssm.engine.timing import measure_memory, measure_time
-from vssm_kernels import directional_scan, selective_scan
-from vssm_kernels.reference import selective_scan_ref
+from vssm.engine.timing import captured, measure_memory, measure_time
 
-DEFAULT_SHAPES = ((1, 192, 1, 3136), (1, 384, 16, 197))
+PHASES = ("forward", "backward", "forward_backward")
+
+_logger = logging.getLogger(__name__)
 
 
-class _Subject(NamedTuple):
-    """One implementation on one set of inputs; ``call`` gives (b, d, l)."""
+class OpSetting(NamedTuple):
+    """How scans are measured.
 
-    name: str
-    call: Callable[[], Tensor]
-    inputs: list[Tensor]
+    Args:
+        device: Where to compute.
+        dtype: Of the inputs; parameters are float32.
+        against: What else to measure, names of `op_subjects.RIVALS`.
+        graph: On a GPU, time replays of a CUDA graph, without the gaps between the launches of the host.
+        warmup: Calls before the timed ones.
+        repeats: Timed calls.
+    """
+
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    against: Sequence[str] = ()
+    graph: bool = True
+    warmup: int = 3
+    repeats: int = 20
 
 
 def benchmark_op(
-    shapes: Sequence[tuple[int, int, int, int]] = DEFAULT_SHAPES,
-    *,
-    device: torch.device,
-    dtype: torch.dtype = torch.float32,
-    against_loop: bool = False,
-    warmup: int = 3,
-    repeats: int = 20,
+    shapes: Sequence[OpShape], setting: OpSetting, *, anchors: Mapping[tuple[int, ...], Anchor] | None = None
 ) -> list[dict]:
-    """Times both public functions of the op on random inputs, forward and forward with backward.
+    """Times both public functions of the op, and rivals, on the same random numbers.
 
-    The inputs are those of a block: a step with bias and softplus, input-dependent B and C, a skip connection, no gate.
-    ``directional_scan`` gets the same numbers as one direction. Peak memory is that of forward with backward, gradients
-    included and inputs not.
+    Backward is all that autograd does from the gradient of the result to those of the inputs, with the forward pass
+    outside the measured time. Before every timed call on a GPU the L2 cache is filled with something else. Peak memory
+    is that of forward with backward, gradients included and inputs not. Speedups and errors are relative to the first
+    of ``setting.against``. What does not fit into memory is left out, with a line in the log.
 
     Args:
-        shapes: (b, d, n, l) each: batch, channels, states, tokens.
-        device: Where to compute.
-        dtype: Of the inputs; A, D and the bias are float32.
-        against_loop: Also time the reference loop over tokens, and compare results with it.
-        warmup: Calls before the timed ones.
-        repeats: Timed calls.
+        shapes: Sizes and scan orders.
+        setting: How to measure.
+        anchors: Times measured elsewhere, by `OpShape.sizes`.
 
     Returns:
-        One record per shape and function: ``op``, ``b``, ``d``, ``n``, ``l``, ``dtype``, ``forward_ms``,
-        ``forward_p10_ms``, ``forward_p90_ms``, the same for ``forward_backward``, ``peak_memory_mib``,
-        ``relative_error`` (to the loop, by norm) and the environment.
+        One record per shape and subject: ``op``, the sizes, ``dtype``; ``forward_ms``, ``forward_p10_ms``,
+        ``forward_p90_ms``, ``speedup_forward`` and the same for ``backward`` and ``forward_backward``;
+        ``forward_bytes``, ``forward_floor_ms``, ``forward_fraction_of_floor`` and the same for ``backward``,
+        ``exp_floor_ms``; ``peak_memory_mib``, ``relative_error`` (by norm), ``cuda_graph``, ``copy_gb_per_s``, the
+        anchor's times and speedups where there is one, and the environment.
     """
-    surroundings = environment(device)
-    records = []
-    for shape in shapes:
-        subjects = list(_subjects(shape, device, dtype, against_loop))
-        expected = _result(subjects[-1]) if against_loop else None
-        for subject in subjects:
-            record = {"op": subject.name, **dict(zip("bdnl", shape, strict=True)), "dtype": str(dtype).split(".")[-1]}
-            record |= _measure(subject, device, warmup, repeats)
-            record["relative_error"] = None if expected is None else _relative_error(_result(subject), expected)
-            records.append(record | surroundings)
-    return records
+    log_left_out(shapes, setting.device, setting.against)
+    with side_stream(setting.device):
+        limits = measure_limits(setting.device)
+        surroundings = {"copy_gb_per_s": limits.copy_gb_per_s} | environment(setting.device)
+        records = []
+        for shape in tqdm(shapes, desc="measuring", leave=False, disable=not sys.stderr.isatty()):
+            anchor = (anchors or {}).get(shape.sizes)
+            records += [record | _beside(record, anchor) for record in _benchmark(shape, setting, limits)]
+        return [record | surroundings for record in records]
 
 
-def _subjects(
-    shape: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype, against_loop: bool
-) -> Iterator[_Subject]:
-    sequences = _inputs(shape, device, dtype)
-    tokens = _as_tokens(sequences)
-    yield _Subject("selective_scan", lambda: _run_sequences(selective_scan, sequences), sequences)
-    yield _Subject("directional_scan", lambda: _run_tokens(tokens), tokens)
-    if against_loop:
-        yield _Subject("loop", lambda: _run_sequences(selective_scan_ref, sequences), sequences)
+def side_stream(device: torch.device) -> AbstractContextManager:
+    """A stream on which graphs can be captured: backward runs on the stream of its forward, but never the default."""
+    return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()
 
 
-def _inputs(shape: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """u, delta, A, B, C, D and the bias of delta, in the layout of ``selective_scan``."""
-    b, d, n, l = shape
-    generator = torch.Generator().manual_seed(0)
+def phase_calls(subject: Subject) -> dict[str, Callable[[], object]]:
+    """What is timed of a subject, by the names of `PHASES`."""
 
-    def normal(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator)
-
-    A = -torch.arange(1.0, n + 1).expand(d, n)
-    made = [normal(b, d, l), normal(b, d, l), A, normal(b, n, l), normal(b, n, l), torch.ones(d), normal(d) - 4]
-    dtypes = [dtype, dtype, torch.float32, dtype, dtype, torch.float32, torch.float32]
-    return [_leaf(tensor.to(device, wanted)) for tensor, wanted in zip(made, dtypes, strict=True)]
-
-
-def _as_tokens(sequences: list[Tensor]) -> list[Tensor]:
-    """The same numbers in the layout of ``directional_scan`` with one direction."""
-    u, delta, A, B, C, D, bias = sequences
-    rows = [u.mT, delta.mT[:, :, None], A[None], B.mT[:, :, None], C.mT[:, :, None], D[None], bias[None]]
-    return [_leaf(tensor) for tensor in rows]
-
-
-def _leaf(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
-
-
-def _run_sequences(function: Callable, inputs: list[Tensor]) -> Tensor:
-    u, delta, A, B, C, D, bias = inputs
-    return function(u, delta, A, B, C, D, delta_bias=bias, delta_softplus=True)
-
-
-def _run_tokens(inputs: list[Tensor]) -> Tensor:
-    x, dt, A, B, C, D, bias = inputs
-    y = directional_scan(x, dt, A, B, C, D, dt_bias=bias)
-    assert isinstance(y, Tensor), "without return_last_state there is one result"
-    return y.mT
-
-
-def _measure(subject: _Subject, device: torch.device, warmup: int, repeats: int) -> dict[str, float]:
     def forward() -> None:
         with torch.no_grad():
             subject.call()
 
-    result = _result(subject)
+    result = subject.call()
     upstream = torch.ones_like(result)
+
+    def backward() -> None:
+        torch.autograd.grad(result, subject.inputs, upstream, retain_graph=True)
 
     def forward_backward() -> None:
         torch.autograd.grad(subject.call(), subject.inputs, upstream)
 
-    record = {}
-    for name, call in (("forward", forward), ("forward_backward", forward_backward)):
-        times = measure_time(call, device, warmup=warmup, repeats=repeats)
-        record |= {f"{name}_ms": times["median"], f"{name}_p10_ms": times["p10"], f"{name}_p90_ms": times["p90"]}
-    return record | {"peak_memory_mib": measure_memory(forward_backward, device)}
+    return dict(zip(PHASES, (forward, backward, forward_backward), strict=True))
 
 
-def _result(subject: _Subject) -> Tensor:
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over that of what was expected."""
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())
+
+
+def _benchmark(shape: OpShape, setting: OpSetting, limits: Limits) -> list[dict]:
+    """One record per subject at one shape."""
+    records, results = {}, {}
+    for subject in subjects(shape, setting.device, setting.dtype, setting.against):
+        try:
+            with subject.context():
+                result = _result(subject)
+                times = _measure(subject, setting)
+        except torch.OutOfMemoryError:
+            _logger.warning("%s: not enough memory at %s; left out", subject.name, shape)
+            continue
+        facts = {"op": subject.name, **shape._asdict(), "dtype": str(setting.dtype).removeprefix("torch.")}
+        described = times | limits.describe(shape, subject.inputs, result)
+        records[subject.name] = facts | subject.facts | described | _fractions(described)
+        results[subject.name] = subject.as_tokens(result)
+    baseline = next((name for name in setting.against if name in records), None)
+    if baseline is None:
+        return [record | {"relative_error": None} for record in records.values()]
+    return [
+        record
+        | _speedups(record, records[baseline])
+        | {"relative_error": relative_error(results[name], results[baseline])}
+        for name, record in records.items()
+    ]
+
+
+def _result(subject: Subject) -> Tensor:
     with torch.no_grad():
         return subject.call()
 
 
-def _relative_error(actual: Tensor, expected: Tensor) -> float:
-    return float((actual.double() - expected.double()).norm() / expected.double().norm())
+def _measure(subject: Subject, setting: OpSetting) -> dict[str, float | bool]:
+    device = setting.device
+    calls = phase_calls(subject)
+    record = {"peak_memory_mib": measure_memory(calls["forward_backward"], device)}
+    graphs = []
+    for phase, call in calls.items():
+        graph = captured(call) if setting.graph and device.type == "cuda" else None
+        timed = call if graph is None else graph.replay
+        times = measure_time(timed, device, warmup=setting.warmup, repeats=setting.repeats, flush=True)
+        record |= {f"{phase}_ms": times["median"], f"{phase}_p10_ms": times["p10"], f"{phase}_p90_ms": times["p90"]}
+        graphs.append(graph is not None)
+    return record | {"cuda_graph": all(graphs)}
+
+
+def _fractions(record: Mapping) -> dict[str, float]:
+    """How much of the time the larger of the limits explains."""
+    exps = record["exp_floor_ms"] or 0.0
+    return {
+        f"{phase}_fraction_of_floor": max(record[f"{phase}_floor_ms"], exps) / record[f"{phase}_ms"]
+        for phase in ("forward", "backward")
+    }
+
+
+def _speedups(record: Mapping, baseline: Mapping) -> dict[str, float]:
+    return {f"speedup_{phase}": baseline[f"{phase}_ms"] / record[f"{phase}_ms"] for phase in PHASES}
+
+
+def _beside(record: Mapping, anchor: Anchor | None) -> dict[str, float | str]:
+    """Times measured elsewhere, and how much faster the record is."""
+    if anchor is None or anchor.dtype not in (None, record["dtype"]):
+        return {}
+    times = {"forward": anchor.forward_ms, "backward": anchor.backward_ms}
+    return {
+        "anchor": anchor.name,
+        "anchor_source": anchor.source,
+        **{f"anchor_{phase}_ms": time for phase, time in times.items()},
+        **{f"speedup_over_anchor_{phase}": time / record[f"{phase}_ms"] for phase, time in times.items()},
+    }

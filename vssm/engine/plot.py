@@ -1,13 +1,16 @@
 """Line plots in one style, drawn with matplotlib (extra ``plot``)."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from vssm.files import atomic_path
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+_LEGEND_INSIDE = 4  # series; with more, the legend would cover the lines
+_BROKEN = ("--", ":", "-.")
 _FORMATS = (".png", ".svg", ".pdf")
 
 
@@ -20,6 +23,7 @@ def line_plot(
     title: str,
     logx: bool = False,
     logy: bool = False,
+    dashed: Collection[str] = (),
 ) -> None:
     """Draws one line per series and writes the picture, whole or not at all.
 
@@ -31,6 +35,7 @@ def line_plot(
         title: Heading.
         logx: Logarithmic x axis.
         logy: Logarithmic y axis.
+        dashed: Labels of series that are no measurements: grey broken lines.
 
     Raises:
         ValueError: matplotlib is missing, the format is unknown, or a series has not as many y as x values.
@@ -38,7 +43,8 @@ def line_plot(
     suffix = Path(path).suffix.lower()
     if suffix not in _FORMATS:
         raise ValueError(f"line_plot: expected a file name ending in {', '.join(_FORMATS)}, got {str(path)!r}")
-    figure = new_figure(width=6.4, height=4.0)
+    crowded = len(series) > _LEGEND_INSIDE
+    figure = new_figure(width=8.4 if crowded else 6.4, height=4.0)
     axes = figure.add_subplot(
         title=title,
         xlabel=xlabel,
@@ -49,10 +55,16 @@ def line_plot(
     for index, (label, (x, y)) in enumerate(series.items()):
         if len(x) != len(y):
             raise ValueError(f"line_plot: expected as many y as x values for {label!r}, got {len(y)} and {len(x)}")
-        axes.plot(x, y, label=label, color=_COLOURS[index % len(_COLOURS)], marker="o", markersize=3, linewidth=1.5)
+        style: dict[str, Any] = {"color": _COLOURS[index % len(_COLOURS)], "marker": "o", "markersize": 3}
+        if label in dashed:
+            style = {"color": "#777777", "marker": "_", "linestyle": _BROKEN[list(dashed).index(label) % len(_BROKEN)]}
+        axes.plot(x, y, label=label, linewidth=1.5, **style)
     axes.grid(alpha=0.3, linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    if crowded:
+        figure.legend(loc="outside right upper", frameon=False)
+    else:
+        axes.legend(frameon=False)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format=suffix[1:], dpi=150)
 

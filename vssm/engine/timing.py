@@ -1,6 +1,7 @@
 """Time and memory of a call: CUDA events on a GPU, the monotonic clock on the CPU; torch's allocators for memory."""
 
 import gc
+import logging
 import os
 import sys
 import time
@@ -13,9 +14,14 @@ import torch
 from torch.autograd.profiler import profile
 
 _MIB = 2**20
+_FLUSHED = 4  # times the L2 cache
+
+_logger = logging.getLogger(__name__)
 
 
-def measure_time(call: Callable[[], object], device: torch.device, *, warmup: int, repeats: int) -> dict[str, float]:
+def measure_time(
+    call: Callable[[], object], device: torch.device, *, warmup: int, repeats: int, flush: bool = False
+) -> dict[str, float]:
     """Times repeated calls after a warm-up.
 
     Args:
@@ -23,15 +29,42 @@ def measure_time(call: Callable[[], object], device: torch.device, *, warmup: in
         device: Where it computes, a CUDA device or the CPU.
         warmup: Calls before, not timed.
         repeats: Timed calls, at least 2.
+        flush: On a GPU, fill the L2 cache with something else before every call, outside the timed span.
 
     Returns:
         ``median``, ``p10`` and ``p90`` (10th and 90th percentile) in milliseconds.
     """
     for _ in range(warmup):
         call()
-    times = _event_times(call, repeats) if device.type == "cuda" else _clock_times(call, repeats)
+    times = _event_times(call, device, repeats, flush=flush) if device.type == "cuda" else _clock_times(call, repeats)
     deciles = quantiles(times, n=10, method="inclusive")
     return {"median": deciles[4], "p10": deciles[0], "p90": deciles[8]}
+
+
+def captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph | None:
+    """Captures the kernels that a call launches, on the current stream, which must not be the default one.
+
+    A replay of the graph runs them without the gaps that the host leaves between launches.
+
+    Args:
+        call: What is captured; it runs a few times before.
+
+    Returns:
+        The graph; ``None``, with a line in the log, if something in the call cannot be captured.
+    """
+    for _ in range(3):  # what is done once only, such as compiling a kernel, must not be captured
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            call()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        _logger.warning("no CUDA graph: %s; timing launches from the host", str(error).partition("\n")[0])
+        return None
+    return graph
 
 
 def measure_memory(call: Callable[[], object], device: torch.device) -> float:
@@ -59,14 +92,17 @@ def measure_memory(call: Callable[[], object], device: torch.device) -> float:
     return _cpu_peak(call) / _MIB
 
 
-def _event_times(call: Callable[[], object], repeats: int) -> list[float]:
+def _event_times(call: Callable[[], object], device: torch.device, repeats: int, *, flush: bool = False) -> list[float]:
+    l2_cache = torch.cuda.get_device_properties(device).L2_cache_size
+    filler = torch.empty(_FLUSHED * l2_cache if flush else 0, dtype=torch.uint8, device=device)
     pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
-    torch.cuda.synchronize()
+    torch.cuda.synchronize(device)
     for start, end in pairs:
+        filler.zero_()
         start.record()
         call()
         end.record()
-    torch.cuda.synchronize()
+    torch.cuda.synchronize(device)
     return [start.elapsed_time(end) for start, end in pairs]
 
 

@@ -1,0 +1,50 @@
+"""Options of the commands that run the scan alone."""
+
+import argparse
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from vssm.engine.op_shapes import Anchor, OpShape, read_anchors, read_shapes
+from vssm.engine.op_subjects import RIVALS
+
+SHAPES_HELP = "default, lengths, vision or vmamba_tiny; a JSON file of b, k, d, n, l, r and order; or b,d,n,l;..."
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+_Value = TypeVar("_Value")
+
+
+def shapes(text: str) -> list[OpShape]:
+    """Type of ``--shapes``: a named set, a file or sizes."""
+    return _read(read_shapes, text)
+
+
+def anchors(text: str) -> dict[tuple[int, ...], Anchor]:
+    """Type of ``--anchors``: a file of times measured elsewhere."""
+    return _read(read_anchors, text)
+
+
+def rivals(text: str) -> list[str]:
+    """Type of ``--against``: names with commas, each once."""
+    return _names(text, RIVALS)
+
+
+def dtypes(text: str) -> list[torch.dtype]:
+    """Type of ``--dtype`` where several can be given: names with commas."""
+    return [DTYPES[name] for name in _names(text, tuple(DTYPES))]
+
+
+def _read(reader: Callable[[str], _Value], text: str) -> _Value:
+    try:
+        return reader(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _names(text: str, known: tuple[str, ...]) -> list[str]:
+    names = [part.strip() for part in text.split(",")]
+    unknown = next((name for name in names if name not in known), None)
+    if unknown is not None:
+        raise argparse.ArgumentTypeError(f"expected some of {', '.join(known)} with commas, got {unknown!r}")
+    return list(dict.fromkeys(names))
