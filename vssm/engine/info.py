@@ -142,7 +142,7 @@ def _operations(module: nn.Module, path: str, flops: _Flops, steps: _Flops) -> t
 def _split(flops: dict, steps: dict) -> tuple[int, int, int]:
     """FLOPs by operator as (multiply-adds of matrix products, of convolutions, operations of scans)."""
     scan = flops.get(torch.ops.vssm.scan, 0)
-    conv = sum(count for operator, count in flops.items() if "convolution" in str(operator))
+    conv = sum(count for operator, count in flops.items() if "conv" in str(operator))
     products = sum(flops.values()) - conv - scan
     step = steps.get(torch.ops.vssm.scan, 0)
     return (products + step) // 2, conv // 2, scan - step

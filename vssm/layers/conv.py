@@ -4,8 +4,9 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from vssm_kernels import causal_conv
 
 
 class TokenConv(nn.Module):
@@ -40,11 +41,15 @@ class CausalTokenConv(nn.Module):
         dim: Channels d.
         kernel_size: Taps w.
         reverse: For each of the k directions, whether it reads the sequence backwards.
+        activation: Whether SiLU follows, in the same pass over memory.
     """
 
-    def __init__(self, dim: int, kernel_size: int, *, reverse: Sequence[bool] = (False,)) -> None:
+    def __init__(
+        self, dim: int, kernel_size: int, *, reverse: Sequence[bool] = (False,), activation: bool = False
+    ) -> None:
         super().__init__()
         self.reverse = tuple(reverse)
+        self.activation = activation
         self.weight = nn.Parameter(torch.empty(len(self.reverse), dim, kernel_size))  # (k, d, w)
         self.bias = nn.Parameter(torch.empty(len(self.reverse), dim))  # (k, d)
         bound = 1 / math.sqrt(kernel_size)  # PyTorch's default for a depthwise convolution
@@ -53,18 +58,4 @@ class CausalTokenConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolves tokens (b, l, d), the same for every direction; returns (b, l, k, d) in token order."""
-        reach = self.weight.shape[-1] - 1
-        padded = F.pad(x, (0, 0, reach, reach))
-        padded = padded.transpose(1, 2).unsqueeze(2)  # a channels-last view (b, d, 1, l + 2·reach)
-        directions = [
-            self._convolve(padded[..., reach:], weight.flip(-1), bias)
-            if backwards
-            else self._convolve(padded[..., : padded.shape[-1] - reach], weight, bias)
-            for weight, bias, backwards in zip(self.weight, self.bias, self.reverse, strict=True)
-        ]
-        return torch.stack(directions, dim=2)
-
-    @staticmethod
-    def _convolve(padded: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        # A 2-D convolution, since PyTorch convolves channels-last maps as they are but copies channels-last sequences.
-        return F.conv2d(padded, weight[:, None, None], bias, groups=bias.shape[0]).squeeze(2).transpose(1, 2)
+        return causal_conv(x, self.weight, self.bias, reverse=self.reverse, activation=self.activation)

@@ -42,8 +42,7 @@ class VimMixer(nn.Module):
         super().__init__()
         d_inner = expand * d_model
         self.in_proj = nn.Linear(d_model, 2 * d_inner, bias=False)
-        self.conv = CausalTokenConv(d_inner, d_conv, reverse=(False, True))
-        self.act = nn.SiLU()
+        self.conv = CausalTokenConv(d_inner, d_conv, reverse=(False, True), activation=True)
         self.ssm = SelectiveSSM(d_inner, d_state=d_state, dt_rank=math.ceil(d_model / 16), directions=2)
         self.out_proj = nn.Linear(d_inner, d_model, bias=False)
 
@@ -51,7 +50,7 @@ class VimMixer(nn.Module):
         """Mixes tokens (b, l, c) along their sequence."""
         x, z = self.in_proj(x).chunk(2, dim=-1)
         order = scan_order("bidirectional", 1, x.shape[1], device=x.device)
-        y = self.ssm(self.act(self.conv(x)), order=order, z=z)
+        y = self.ssm(self.conv(x), order=order, z=z)
         return self.out_proj(y) / 2  # the mean over directions: out_proj has no bias, and its output is narrower
 
 
