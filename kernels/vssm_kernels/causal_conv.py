@@ -2,15 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from vssm_kernels import causal_conv_torch
-from vssm_kernels.neighbours import autocast_dtype, no_double_backward, runs_triton
+from vssm_kernels.neighbours import autocast_dtype, implementation, no_double_backward
 
 _Shape = tuple[int, ...]
 
@@ -55,7 +53,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: Sequence[boo
 @torch.library.custom_op("vssm::causal_conv", mutates_args=())
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: Sequence[bool], activation: bool) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):  # it would reach into the body
-        return _implementation(x, weight).forward(x, weight, bias, reverse, activation=activation)
+        return implementation("causal_conv", x, weight).forward(x, weight, bias, reverse, activation=activation)
 
 
 @_forward.register_fake
@@ -69,7 +67,9 @@ def _backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, reverse: Sequence[bool], activation: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     with torch.autocast(x.device.type, enabled=False):
-        dx, dweight, dbias = _implementation(x, weight).backward(dy, x, weight, bias, reverse, activation=activation)
+        dx, dweight, dbias = implementation("causal_conv", x, weight).backward(
+            dy, x, weight, bias, reverse, activation=activation
+        )
     # Contiguous, as the fake ones: the channel is the last axis of taps that are stored, but the first but one here.
     return dx.to(x.dtype), dweight.to(weight.dtype).contiguous(), dbias.to(weight.dtype).contiguous()
 
@@ -79,15 +79,6 @@ def _(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, reverse: Sequence[bool], activation: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[:2])
-
-
-def _implementation(x: Tensor, weight: Tensor) -> ModuleType:
-    """The module with ``forward`` and ``backward`` for these tensors; Triton is imported when first used."""
-    if not (runs_triton(x) and runs_triton(weight)):
-        return causal_conv_torch
-    from vssm_kernels import causal_conv_triton
-
-    return causal_conv_triton
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:

@@ -1,5 +1,7 @@
 """What the ops beside the scan share: they run where the scan runs, and see autocast as torch's own layers do."""
 
+import importlib
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -7,12 +9,15 @@ from torch import Tensor
 
 from vssm_kernels.backend import backend_for
 
-_TRITON = "vssm_kernels.launch"
 
+def implementation(op: str, *tensors: Tensor) -> ModuleType:
+    """The module with ``forward`` and ``backward`` of ``op`` for these tensors.
 
-def runs_triton(tensor: Tensor) -> bool:
-    """Whether the backend of the scan on the device of ``tensor`` is Triton, and the kernels can compute its dtype."""
-    return tensor.dtype != torch.float64 and backend_for(tensor.device.type).__name__ == _TRITON
+    That is its Triton one where the scan runs in Triton, whose kernels compute in float32, and else its torch one.
+    """
+    narrow = all(tensor.dtype != torch.float64 for tensor in tensors)
+    triton = narrow and backend_for(tensors[0].device.type).__name__ == "vssm_kernels.launch"
+    return importlib.import_module(f"vssm_kernels.{op}_{'triton' if triton else 'torch'}")
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype:
