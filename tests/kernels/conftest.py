@@ -1,7 +1,20 @@
 """Uninitialised memory is poison here: an element that a kernel forgets to write fails the comparison."""
 
+import os
+
 import pytest
 import torch
+
+from vssm_kernels import available_backends, use_backend
+
+
+@pytest.fixture(params=[name for name in ("torch", "triton") if name in available_backends()])
+def backend_beside_scan(request, device):
+    """The implementations of the ops beside the scan, each in turn."""
+    if request.param == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("on the CPU, Triton needs its interpreter")
+    with use_backend(request.param):
+        yield request.param
 
 
 @pytest.fixture

@@ -8,18 +8,10 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from scan_cases import TOLERANCE, outputs_and_gradients, relative_error
-from vssm_kernels import available_backends, causal_conv, causal_conv_torch, use_backend
+from vssm_kernels import available_backends, causal_conv, causal_conv_torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 VIM = (False, True)
-
-
-@pytest.fixture(params=[name for name in available_backends() if name in ("torch", "triton")])
-def backend(request, device):
-    if request.param == "triton" and device.type == "cpu" and not INTERPRETED:
-        pytest.skip("on the CPU, Triton needs its interpreter")
-    with use_backend(request.param):
-        yield request.param
 
 
 @pytest.fixture
@@ -71,8 +63,8 @@ CASES = [
 @pytest.mark.usefixtures("poisoned_memory", "small_chunks")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_against_float64(backend, device, case, dtype, monkeypatch):
-    if backend == "triton" and INTERPRETED and dtype == torch.bfloat16:
+def test_against_float64(backend_beside_scan, device, case, dtype, monkeypatch):
+    if backend_beside_scan == "triton" and INTERPRETED and dtype == torch.bfloat16:
         pytest.skip("the interpreter cuts bfloat16 off instead of rounding")
     *shape, reverse = case
     monkeypatch.setattr(causal_conv_torch, "SMALL", 40)  # both ways of the plain implementation
@@ -98,7 +90,7 @@ def test_float64_is_exact(size, monkeypatch):
     assert all(relative_error(results[name], expected[name]) < TOLERANCE[torch.float64] for name in expected)
 
 
-def test_same_input_same_bits(backend, device):
+def test_same_input_same_bits(backend_beside_scan, device):
     arguments = _arguments(2, 9, 20, 4, reverse=VIM, device=device)
     function = lambda **a: causal_conv(**a, reverse=VIM, activation=True)  # noqa: E731
     first, second = (outputs_and_gradients(function, arguments) for _ in range(2))
