@@ -58,7 +58,7 @@ def benchmark_op(
 
     Returns:
         One record per shape and subject: ``op``, the sizes, ``dtype``; ``forward_ms``, ``forward_p10_ms``,
-        ``forward_p90_ms``, ``speedup_forward`` and the same for ``backward`` and ``forward_backward``;
+        ``forward_p90_ms``, ``forward_ns_per_token``, ``speedup_forward`` and the same for the other `PHASES`;
         ``forward_bytes``, ``forward_floor_ms``, ``forward_fraction_of_floor`` and the same for ``backward``,
         ``exp_floor_ms``; ``peak_memory_mib``, ``relative_error`` (by norm), ``cuda_graph``, ``copy_gb_per_s``, the
         anchor's times and speedups where there is one, and the environment.
@@ -79,23 +79,31 @@ def side_stream(device: torch.device) -> AbstractContextManager:
     return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()
 
 
-def phase_calls(subject: Subject) -> dict[str, Callable[[], object]]:
-    """What is timed of a subject, by the names of `PHASES`."""
+def phase_calls(subject: Subject) -> dict[str, Callable[[], Sequence[Tensor]]]:
+    """What is timed of a subject, by the names of `PHASES`: calls that return the result, or the gradients."""
 
-    def forward() -> None:
+    def forward() -> Sequence[Tensor]:
         with torch.no_grad():
-            subject.call()
+            return [subject.call()]
 
     result = subject.call()
-    upstream = torch.ones_like(result)
+    upstream = torch.randn_like(result)
 
-    def backward() -> None:
-        torch.autograd.grad(result, subject.inputs, upstream, retain_graph=True)
+    def backward() -> Sequence[Tensor]:
+        return torch.autograd.grad(result, subject.inputs, upstream, retain_graph=True)
 
-    def forward_backward() -> None:
-        torch.autograd.grad(subject.call(), subject.inputs, upstream)
+    def forward_backward() -> Sequence[Tensor]:
+        return torch.autograd.grad(subject.call(), subject.inputs, upstream)
 
     return dict(zip(PHASES, (forward, backward, forward_backward), strict=True))
+
+
+def measure_kernels(call: Callable[[], object], setting: OpSetting) -> tuple[dict[str, float], bool]:
+    """Times as of `measure_time`, with a cold L2 cache, and whether they are those of replays of a graph."""
+    graph = captured(call) if setting.graph and setting.device.type == "cuda" else None
+    timed = call if graph is None else graph.replay
+    times = measure_time(timed, setting.device, warmup=setting.warmup, repeats=setting.repeats, flush=True)
+    return times, graph is not None
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -109,14 +117,16 @@ def _benchmark(shape: OpShape, setting: OpSetting, limits: Limits) -> list[dict]
     for subject in subjects(shape, setting.device, setting.dtype, setting.against):
         try:
             with subject.context():
-                result = _result(subject)
-                times = _measure(subject, setting)
+                calls = phase_calls(subject)
+                [result] = calls["forward"]()
+                times = _measure(calls, setting)
         except torch.OutOfMemoryError:
             _logger.warning("%s: not enough memory at %s; left out", subject.name, shape)
             continue
         facts = {"op": subject.name, **shape._asdict(), "dtype": str(setting.dtype).removeprefix("torch.")}
         described = times | limits.describe(shape, subject.inputs, result)
-        records[subject.name] = facts | subject.facts | described | _fractions(described)
+        record = facts | subject.facts | described | _fractions(described)
+        records[subject.name] = record | _ns_per_token(record)
         results[subject.name] = subject.as_tokens(result)
     baseline = next((name for name in setting.against if name in records), None)
     if baseline is None:
@@ -129,22 +139,14 @@ def _benchmark(shape: OpShape, setting: OpSetting, limits: Limits) -> list[dict]
     ]
 
 
-def _result(subject: Subject) -> Tensor:
-    with torch.no_grad():
-        return subject.call()
-
-
-def _measure(subject: Subject, setting: OpSetting) -> dict[str, float | bool]:
+def _measure(calls: Mapping[str, Callable[[], object]], setting: OpSetting) -> dict[str, float | bool]:
     device = setting.device
-    calls = phase_calls(subject)
     record = {"peak_memory_mib": measure_memory(calls["forward_backward"], device)}
     graphs = []
     for phase, call in calls.items():
-        graph = captured(call) if setting.graph and device.type == "cuda" else None
-        timed = call if graph is None else graph.replay
-        times = measure_time(timed, device, warmup=setting.warmup, repeats=setting.repeats, flush=True)
+        times, replayed = measure_kernels(call, setting)
         record |= {f"{phase}_ms": times["median"], f"{phase}_p10_ms": times["p10"], f"{phase}_p90_ms": times["p90"]}
-        graphs.append(graph is not None)
+        graphs.append(replayed)
     return record | {"cuda_graph": all(graphs)}
 
 
@@ -155,6 +157,11 @@ def _fractions(record: Mapping) -> dict[str, float]:
         f"{phase}_fraction_of_floor": max(record[f"{phase}_floor_ms"], exps) / record[f"{phase}_ms"]
         for phase in ("forward", "backward")
     }
+
+
+def _ns_per_token(record: Mapping) -> dict[str, float]:
+    """By which lengths can be compared whose total numbers of tokens differ."""
+    return {f"{phase}_ns_per_token": 1e6 * record[f"{phase}_ms"] / (record["b"] * record["l"]) for phase in PHASES}
 
 
 def _speedups(record: Mapping, baseline: Mapping) -> dict[str, float]:

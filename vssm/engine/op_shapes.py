@@ -140,9 +140,8 @@ def read_anchors(path: str) -> dict[tuple[int, ...], Anchor]:
         sizes = tuple(_positive(path, entry, key, int) for key in _SIZES)
         if sizes in anchors:
             raise ValueError(f"{path}: expected every shape once, got {_text(entry)} again")
-        times = {key: _positive(path, entry, key, float) for key in ("forward_ms", "backward_ms")}
-        texts = {key: str(entry[key]) for key in ("name", "source", "dtype") if key in entry}
-        anchors[sizes] = Anchor(**times, **texts)
+        forward_ms, backward_ms = (_positive(path, entry, key, float) for key in ("forward_ms", "backward_ms"))
+        anchors[sizes] = Anchor(entry["name"], forward_ms, backward_ms, entry["source"], entry.get("dtype"))
     return anchors
 
 
