@@ -6,6 +6,7 @@ from typing import TypeVar
 
 import torch
 
+from vssm.cli._options import positive_int
 from vssm.engine.op_shapes import Anchor, OpShape, read_anchors, read_shapes
 from vssm.engine.op_subjects import RIVALS
 
@@ -33,6 +34,14 @@ def rivals(text: str) -> list[str]:
 def dtypes(text: str) -> list[torch.dtype]:
     """Type of ``--dtype`` where several can be given: names with commas."""
     return [DTYPES[name] for name in _names(text, tuple(DTYPES))]
+
+
+def repeats(text: str) -> int:
+    """Type of ``--repeats``: a number of timed calls."""
+    value = positive_int(text)
+    if value < 2:
+        raise argparse.ArgumentTypeError("expected at least 2, from which a spread can be computed, got 1")
+    return value
 
 
 def _read(reader: Callable[[str], _Value], text: str) -> _Value:

@@ -52,7 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--amp-dtype", choices=_HALF, help="half precision: autocast of models, inputs of --op")
     parser.add_argument("--threads", type=positive_int, help="CPU threads; as many as cores by default")
     parser.add_argument("--warmup", type=positive_int, default=3, help="calls before the timed ones")
-    parser.add_argument("--repeats", type=_repeats, default=10, help="timed calls; the median and percentiles are kept")
+    parser.add_argument(
+        "--repeats", type=_op_options.repeats, default=10, help="timed calls; the median and percentiles are kept"
+    )
     parser.add_argument("--results", type=results_path, metavar="FILE", help="write the records to this .json or .csv")
     parser.add_argument("--plot", type=picture_path, metavar="FILE", help="draw speed over input size or length")
 
@@ -147,10 +149,3 @@ def _plot_models(path: str, records: list[dict]) -> None:
 
 def _image_sizes(text: str) -> list[tuple[int, int]]:
     return [image_size(part.strip()) for part in text.split(",")]
-
-
-def _repeats(text: str) -> int:
-    value = positive_int(text)
-    if value < 2:
-        raise argparse.ArgumentTypeError("expected at least 2, from which a spread can be computed, got 1")
-    return value
