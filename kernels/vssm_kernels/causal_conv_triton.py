@@ -43,6 +43,12 @@ def _sigmoid(x):
 
 
 @triton.jit
+def _silu_slope(x):
+    gate = _sigmoid(x)
+    return gate * (1.0 + x * (1.0 - gate))
+
+
+@triton.jit
 def _place(width, chunks, BLOCK: tl.constexpr):
     """Sample, chunk and channels of this program; offsets of samples may not fit 32 bits."""
     blocks = tl.cdiv(width, BLOCK)
@@ -62,6 +68,15 @@ def _load_row(rows, token, length, stride, channels, inside):
     """Row ``token`` in float32, zero outside the sequence."""
     exists = inside & (token >= 0) & (token < length)
     return tl.load(rows + _offset(token, stride) + channels, mask=exists, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _rows_before(rows, token, length, stride, channels, inside, count: tl.constexpr):
+    """So many rows before ``token``, oldest first."""
+    window = ()
+    for j in tl.static_range(count):
+        window = window + (_load_row(rows, token - count + j, length, stride, channels, inside),)
+    return window
 
 
 @triton.jit
@@ -100,12 +115,20 @@ def _convolve(window, taps, biases, u: tl.constexpr, k: tl.constexpr, W: tl.cons
 
 
 @triton.jit
-def _last_rows(window, count: tl.constexpr, UNROLL: tl.constexpr):
-    """The window without its oldest ``UNROLL`` rows."""
-    rows = ()
-    for j in tl.static_range(count):
-        rows = rows + (window[UNROLL + j],)
-    return rows
+def _items(values, first: tl.constexpr, count: tl.constexpr):
+    """So many items of a tuple, from ``first`` on."""
+    items = ()
+    for i in tl.static_range(count):
+        items = items + (values[first + i],)
+    return items
+
+
+@triton.jit
+def _zeros(count: tl.constexpr, BLOCK: tl.constexpr):
+    zeros = ()
+    for _ in tl.static_range(count):
+        zeros = zeros + (tl.zeros((BLOCK,), tl.float32),)
+    return zeros
 
 
 @triton.jit
@@ -121,9 +144,7 @@ def conv_forward_kernel(
     y += sample * length * K * width
     taps, biases = _load_parameters(weight, bias, width, channels, inside, K, W, HAS_BIAS)
     begin = chunk * CHUNK
-    window = ()
-    for j in tl.static_range(W - 1):
-        window = window + (_load_row(x, begin - (W - 1) + j, length, x_token, channels, inside),)
+    window = _rows_before(x, begin, length, x_token, channels, inside, W - 1)
     for first in range(begin, tl.minimum(begin + CHUNK, length + W - 1), UNROLL):
         for u in tl.static_range(UNROLL):
             window = window + (_load_row(x, first + u, length, x_token, channels, inside),)
@@ -135,7 +156,7 @@ def conv_forward_kernel(
                 token = _token(first + u, k, W, REVERSED)
                 at = y + _offset(token, K * width) + k * width + channels
                 tl.store(at, result.to(y.dtype.element_ty), mask=inside & (token >= 0) & (token < length))
-        window = _last_rows(window, W - 1, UNROLL)
+        window = _items(window, UNROLL, W - 1)
 
 
 @triton.jit
@@ -146,8 +167,8 @@ def conv_backward_kernel(
 ):  # fmt: skip
     """Writes dx (b, l, d) and, per sample and chunk, sums (b·chunks, k, w + 1, d): gradients of taps, then of bias.
 
-    At token t, gradients of the results at t, or t − (w − 1) backwards, are formed as there was the last w rows of x;
-    with those of the w − 1 tokens before, they complete dx at t − (w − 1). A chunk begins w − 1 tokens early for them.
+    With the row of token t come the gradients of the results at t, or at t − (w − 1) where backwards; with those of the
+    w − 1 tokens before, they complete dx at t − (w − 1). So a chunk takes w − 1 tokens more than it owns.
     """
     sample, chunk, channels = _place(width, chunks, BLOCK)
     inside = channels < width
@@ -157,13 +178,8 @@ def conv_backward_kernel(
     taps, biases = _load_parameters(weight, bias, width, channels, inside, K, W, HAS_BIAS)
     begin = chunk * CHUNK
     end = tl.minimum(begin + CHUNK, length)
-    window, gradients, totals = (), (), ()
-    for j in tl.static_range(W - 1):
-        window = window + (_load_row(x, begin - (W - 1) + j, length, x_token, channels, inside),)
-    for _ in tl.static_range(K * (W - 1)):
-        gradients = gradients + (tl.zeros((BLOCK,), tl.float32),)
-    for _ in tl.static_range(K * (W + 1)):
-        totals = totals + (tl.zeros((BLOCK,), tl.float32),)
+    window = _rows_before(x, begin, length, x_token, channels, inside, W - 1)
+    gradients, totals = _zeros(K * (W - 1), BLOCK), _zeros(K * (W + 1), BLOCK)
     for first in range(begin, end + W - 1, UNROLL):
         dys = ()
         for u in tl.static_range(UNROLL):
@@ -177,27 +193,22 @@ def conv_backward_kernel(
             for k in tl.static_range(K):
                 gradient = dys[u * K + k]
                 if ACTIVATION:
-                    result = _convolve(window, taps, biases, u, k, W, REVERSED)
-                    gate = _sigmoid(result)
-                    gradient *= gate * (1.0 + result * (1.0 - gate))
+                    gradient *= _silu_slope(_convolve(window, taps, biases, u, k, W, REVERSED))
                 token = _token(first + u, k, W, REVERSED)
                 owned = tl.where((token >= begin) & (token < end), gradient, 0.0)
                 for j in tl.static_range(W):
                     total = totals[k * (W + 1) + j] + owned * _tapped(window, u, j, k, W, REVERSED)
                     later_totals = later_totals + (total,)
                 later_totals = later_totals + (totals[k * (W + 1) + W] + owned,)
-                latest = ()
-                for j in tl.static_range(W - 1):
-                    latest = latest + (gradients[k * (W - 1) + j],)
-                latest = latest + (gradient,)
+                latest = _items(gradients, k * (W - 1), W - 1) + (gradient,)
                 for j in tl.static_range(W):  # the adjoint looks the other way
                     dx_row += taps[k * W + j] * _tapped(latest, 0, j, k, W, ~REVERSED)
-                later_gradients = later_gradients + _last_rows(latest, W - 1, 1)
+                later_gradients = later_gradients + _items(latest, 1, W - 1)
             gradients, totals = later_gradients, later_totals
             token = first + u - (W - 1)
             at = dx + _offset(token, width) + channels
             tl.store(at, dx_row.to(dx.dtype.element_ty), mask=inside & (token >= begin) & (token < end))
-        window = _last_rows(window, W - 1, UNROLL)
+        window = _items(window, UNROLL, W - 1)
     sums += (sample * chunks + chunk) * K * (W + 1) * width
     for i in tl.static_range(K * (W + 1)):
         tl.store(sums + i * width + channels, totals[i], mask=inside)
