@@ -14,15 +14,20 @@ _announced: set[tuple[str, str]] = set()
 _override: str | None = None
 
 
-# Modules with forward(call) and backward(call, dy, dstate). They are imported when first used: Triton takes its time.
-_MODULES = {"torch": "vssm_kernels.scan_torch", "triton": "vssm_kernels.launch"}
+# Modules with forward(call) and backward(call, dy, dstate). They are imported when first used: compilers take time.
+_MODULES = {"torch": "vssm_kernels.scan_torch", "cpu": "vssm_kernels.scan_cpu", "triton": "vssm_kernels.launch"}
+_FASTEST = {"cpu": "cpu", "cuda": "triton"}  # by type of device; torch everywhere else
 
 
 @functools.cache
 def available_backends() -> tuple[str, ...]:
     """Names that :class:`use_backend` and ``VSSM_SCAN_BACKEND`` accept here, beside ``auto``."""
-    has_triton = importlib.util.find_spec("triton") is not None
-    return ("torch", "triton") if has_triton and (torch.cuda.is_available() or _interpreted()) else ("torch",)
+    names = ["torch"]
+    if importlib.util.find_spec("numba") is not None:
+        names.append("cpu")
+    if importlib.util.find_spec("triton") is not None and (torch.cuda.is_available() or _interpreted()):
+        names.append("triton")
+    return tuple(names)
 
 
 def _interpreted() -> bool:
@@ -63,10 +68,11 @@ def backend_for(device_type: str) -> ModuleType:
     """
     name = _override or _checked(os.environ.get("VSSM_SCAN_BACKEND") or "auto")
     if name == "auto":
-        name = "triton" if device_type == "cuda" and "triton" in available_backends() else "torch"
-    if name == "triton" and device_type != "cuda" and not _interpreted():
+        name = _fastest(device_type)
+    needed = next((device for device, fastest in _FASTEST.items() if fastest == name), device_type)
+    if device_type != needed and not (name == "triton" and _interpreted()):
         raise ValueError(
-            f"scan backend: triton needs tensors on cuda, got {device_type}; use_backend('auto') or 'torch'"
+            f"scan backend: {name} needs tensors on {needed}, got {device_type}; use_backend('auto') or 'torch'"
         )
     if (name, device_type) not in _announced:
         _announced.add((name, device_type))
@@ -74,10 +80,27 @@ def backend_for(device_type: str) -> ModuleType:
     return importlib.import_module(_MODULES[name])
 
 
+def _fastest(device_type: str) -> str:
+    name = _FASTEST.get(device_type, "torch")
+    return name if name in available_backends() and (name != "cpu" or _numba_works()) else "torch"
+
+
+@functools.cache
+def _numba_works() -> bool:
+    """Whether numba can be imported: it refuses versions of numpy that it does not know."""
+    try:
+        importlib.import_module("numba")
+    except ImportError as error:
+        _logger.warning("scan backend: torch instead of cpu, as numba cannot be imported: %s", error)
+        return False
+    return True
+
+
 def _checked(name: str) -> str:
     allowed = ("auto", *available_backends())
     if name not in allowed:
-        raise ValueError(f"scan backend must be one of {', '.join(allowed)} here, got {name!r}")
+        hint = "; it needs numba: pip install 'vssm[cpu]'" if name == "cpu" else ""
+        raise ValueError(f"scan backend must be one of {', '.join(allowed)} here, got {name!r}{hint}")
     return name
 
 

@@ -138,7 +138,7 @@ def test_backend_is_read_when_a_compiled_graph_runs(monkeypatch):
 
 def test_backend_is_announced_once(monkeypatch, caplog):
     monkeypatch.setattr(backend, "_announced", set())
-    with caplog.at_level(logging.INFO, logger="vssm"):
+    with use_backend("torch"), caplog.at_level(logging.INFO, logger="vssm"):
         directional_scan(**_inputs())
         directional_scan(**_inputs())
     assert [record.getMessage() for record in caplog.records] == ["scan backend: torch on cpu"]

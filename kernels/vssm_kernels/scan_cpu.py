@@ -1,0 +1,188 @@
+"""The scan compiled for the CPU by numba: prepares what the loops of ``scan_cpu_kernels.py`` read, and runs them.
+
+The low-rank product and the gate are torch's, before and after. float64 runs in ``scan_torch.py``.
+"""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vssm_kernels import scan_cpu_kernels as kernels
+from vssm_kernels import scan_torch
+from vssm_kernels.scan_call import ScanCall
+
+CHUNK = 16  # steps in a tile, and between the states that the backward pass keeps
+THREAD_WORK = 1 << 16  # states·steps that a thread more is worth
+
+_pool: ThreadPoolExecutor | None = None
+
+
+def forward(call: ScanCall) -> tuple[Tensor, Tensor]:
+    """Result and last state of ``call`` (the state empty unless asked for)."""
+    if call.compute_dtype == torch.float64:
+        return scan_torch.forward(call)
+    result, state, _ = _forward(call, _inputs(call), keep_starts=False)
+    if call.z is not None:
+        result *= F.silu(call.z.float())
+    last = _packed(state.transpose(-1, -2)) if call.return_last_state else result.new_empty(0)
+    return result.to(call.result_dtype), last
+
+
+def backward(call: ScanCall, dy: Tensor, dstate: Tensor) -> dict[str, Tensor]:
+    """Gradients of the differentiable inputs of ``call``, by name, in float32 (float64 for float64 inputs)."""
+    if call.compute_dtype == torch.float64:
+        return scan_torch.backward(call, dy, dstate)
+    inputs = _inputs(call)
+    result, state, starts = _forward(call, inputs, keep_starts=True)
+    dresult = dy = dy.float()
+    dz = None
+    if call.z is not None:
+        z = call.z.float()
+        gate = torch.sigmoid(z)
+        dresult = dy * z * gate
+        dz = dy * result * gate * (1 + z * (1 - gate))
+    dstate = dstate.float().transpose(-1, -2) if call.return_last_state else torch.zeros_like(state)
+    gradients = _backward(call, inputs, dresult, starts, dstate)
+    return gradients if dz is None else gradients | {"z": dz}
+
+
+def _inputs(call: ScanCall) -> kernels.Inputs:
+    b, l, d, k, t = call.batch, call.tokens, call.width, call.directions, call.steps
+    sets = call.sequences
+    raw_step = call.dt
+    if call.dt_weight is not None:
+        raw_step = torch.einsum("blkr,kdr->blkd", call.dt.float(), call.dt_weight.float())
+    zeros = call.A.new_zeros(sets, d)
+    B_token, B_channel = _factors(call.B, call)
+    C_token, C_channel = _factors(zeros.new_ones(sets, 1) if call.C is None else call.C, call)
+    order = torch.arange(t, dtype=torch.int32).expand(1, k, t) if call.order is None else call.order
+    gap = zeros.new_zeros(1, k, t) if call.gap is None else call.gap
+    return kernels.Inputs(
+        x=_array(call.x.view(b, l, 1, d) if call.x.ndim == 3 else call.x),
+        raw_step=_array(raw_step),
+        A=_array(call.A.transpose(-1, -2)),
+        B_token=B_token,
+        B_channel=B_channel,
+        C_token=C_token,
+        C_channel=C_channel,
+        D=_array(zeros if call.D is None else call.D),
+        bias=_array(zeros if call.dt_bias is None else call.dt_bias),
+        order=_array(order.reshape(-1, k, t), torch.int32),
+        gap=_array(gap.reshape(-1, k, t)),
+        softplus=call.softplus,
+        by_step=call.params == "step",
+        chunk=CHUNK,
+    )
+
+
+def _factors(matrix: Tensor, call: ScanCall) -> tuple[np.ndarray, np.ndarray]:
+    """B or C as a factor per token, (b, l or 1, sets, n), and one per channel, (sets, n, d) or empty for 1."""
+    one = matrix.new_ones(())
+    if matrix.ndim == 3:
+        return _array(one.expand(call.batch, 1, *call.A.shape[::2])), _array(matrix.transpose(-1, -2))
+    rows = matrix if matrix.ndim == 4 else matrix.expand(call.batch, 1, *matrix.shape)
+    return _array(rows), _array(one.expand(0, 0, 0))
+
+
+def _array(tensor: Tensor, dtype: torch.dtype = torch.float32) -> np.ndarray:
+    """The tensor's memory, or a copy where it is not contiguous or of another dtype."""
+    return tensor.detach().to(dtype).contiguous().numpy()
+
+
+def _forward(call: ScanCall, inputs: kernels.Inputs, *, keep_starts: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Result before the gate, in its shape, last state (b, sets, n, d), and the states at which chunks start."""
+    state = torch.empty(call.batch, call.sequences, call.states, call.width)
+    chunks = -(-call.steps // CHUNK) if keep_starts else 0
+    starts = torch.empty(call.batch, call.directions, chunks, call.states, call.width)
+    result = torch.zeros(call.result_shape)
+    rows = result.view(call.batch, call.tokens, -1, call.width)
+    _run(kernels.forward, call, inputs, kernels.Outputs(*map(_array, (rows, starts, state))))
+    return result, state, starts
+
+
+def _backward(
+    call: ScanCall, inputs: kernels.Inputs, dresult: Tensor, starts: Tensor, dstate: Tensor
+) -> dict[str, Tensor]:
+    """Gradients of everything but the gate."""
+    b, blocks = call.batch, _blocks(call)
+    sums = {
+        "dx": torch.zeros(inputs.x.shape),
+        "draw_step": torch.zeros(inputs.raw_step.shape),
+        "dA": torch.zeros(b, *inputs.A.shape),
+        "dB_token": torch.zeros(blocks, *inputs.B_token.shape),
+        "dB_channel": torch.zeros(b, *inputs.B_channel.shape),
+        "dC_token": torch.zeros(blocks, *inputs.C_token.shape),
+        "dC_channel": torch.zeros(b, *inputs.C_channel.shape),
+        "dD": torch.zeros(b, *inputs.D.shape),
+        "dbias": torch.zeros(b, *inputs.bias.shape),
+    }
+    rows = dresult.reshape(b, call.tokens, -1, call.width)
+    arrays = {name: _array(tensor) for name, tensor in sums.items()}
+    _run(
+        kernels.backward, call, inputs,
+        kernels.Gradients(dresult=_array(rows), starts=_array(starts), dstate=_array(dstate), **arrays),
+    )  # fmt: skip
+    by_name = {
+        "x": sums["dx"].view(call.x.shape),
+        "dt": sums["draw_step"],
+        "A": sums["dA"].sum(0).transpose(-1, -2),
+        "B": _matrix_gradient(call.B, sums["dB_token"], sums["dB_channel"]),
+        "C": None if call.C is None else _matrix_gradient(call.C, sums["dC_token"], sums["dC_channel"]),
+        "D": None if call.D is None else sums["dD"].sum(0),
+        "dt_bias": None if call.dt_bias is None else sums["dbias"].sum(0),
+    }
+    if call.dt_weight is not None:
+        by_name["dt_weight"] = torch.einsum("blkd,blkr->kdr", by_name["dt"], call.dt.float())
+        by_name["dt"] = torch.einsum("blkd,kdr->blkr", by_name["dt"], call.dt_weight.float())
+    return {name: _packed(gradient) for name, gradient in by_name.items() if gradient is not None}
+
+
+def _matrix_gradient(matrix: Tensor, token: Tensor, channel: Tensor) -> Tensor:
+    """Gradient of B or C from those of its factors, by block of channels and by sample."""
+    if matrix.ndim == 3:
+        return channel.sum(0).transpose(-1, -2)
+    return token.sum(0) if matrix.ndim == 4 else token.sum((0, 1, 2))
+
+
+def _packed(tensor: Tensor) -> Tensor:
+    """The tensor with the strides of a new one; ``contiguous`` leaves those of axes of size 1 as they are."""
+    return tensor.contiguous().view(-1).view(tensor.shape)
+
+
+def _blocks(call: ScanCall) -> int:
+    return -(-call.width // kernels.LANES)
+
+
+def _run(kernel: Callable[..., None], call: ScanCall, *arguments: Any) -> None:
+    """Spreads the units of work over as many threads as torch uses, this one among them."""
+    units = call.batch * _blocks(call)
+    work = units * kernels.LANES * call.directions * call.steps * call.states
+    threads = max(1, min(torch.get_num_threads(), units, work // THREAD_WORK))
+    shares = list(pairwise(units * i // threads for i in range(threads + 1)))
+    others = [_threads().submit(kernel, *share, *arguments) for share in shares[1:]]
+    kernel(*shares[0], *arguments)
+    for other in others:
+        other.result()
+
+
+def _threads() -> ThreadPoolExecutor:
+    global _pool
+    if _pool is None:
+        _pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="vssm-scan")
+    return _pool
+
+
+def _forget_threads() -> None:
+    global _pool
+    _pool = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_threads)  # threads do not survive a fork
