@@ -3,10 +3,8 @@
 The low-rank product and the gate are torch's, before and after. float64 runs in ``scan_torch.py``.
 """
 
-import os
+import math
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,11 +15,10 @@ from torch import Tensor
 from vssm_kernels import scan_cpu_kernels as kernels
 from vssm_kernels import scan_torch
 from vssm_kernels.scan_call import ScanCall
+from vssm_kernels.scan_cpu_threads import spread
 
-CHUNK = 16  # steps in a tile, and between the states that the backward pass keeps
-THREAD_WORK = 1 << 16  # states·steps that a thread more is worth
-
-_pool: ThreadPoolExecutor | None = None
+CHUNK = 16  # steps taken at a time, and between the states that the backward pass keeps
+THREAD_WORK = 1 << 16  # elements of (b, k, d, t, n) that are worth a thread
 
 
 def forward(call: ScanCall) -> tuple[Tensor, Tensor]:
@@ -67,7 +64,7 @@ def _inputs(call: ScanCall) -> kernels.Inputs:
     return kernels.Inputs(
         x=_array(call.x.view(b, l, 1, d) if call.x.ndim == 3 else call.x),
         raw_step=_array(raw_step),
-        A=_array(call.A.transpose(-1, -2)),
+        A_log2=_array(call.A.transpose(-1, -2) * math.log2(math.e)),
         B_token=B_token,
         B_channel=B_channel,
         C_token=C_token,
@@ -115,7 +112,7 @@ def _backward(
     sums = {
         "dx": torch.zeros(inputs.x.shape),
         "draw_step": torch.zeros(inputs.raw_step.shape),
-        "dA": torch.zeros(b, *inputs.A.shape),
+        "dA": torch.zeros(b, *inputs.A_log2.shape),
         "dB_token": torch.zeros(blocks, *inputs.B_token.shape),
         "dB_channel": torch.zeros(b, *inputs.B_channel.shape),
         "dC_token": torch.zeros(blocks, *inputs.C_token.shape),
@@ -157,32 +154,12 @@ def _packed(tensor: Tensor) -> Tensor:
 
 
 def _blocks(call: ScanCall) -> int:
-    return -(-call.width // kernels.LANES)
+    return -(-call.width // kernels.lanes_of_block(call.width))
 
 
 def _run(kernel: Callable[..., None], call: ScanCall, *arguments: Any) -> None:
-    """Spreads the units of work over as many threads as torch uses, this one among them."""
+    """Runs all units of work on as many threads as torch uses, or fewer if there is little to do."""
     units = call.batch * _blocks(call)
-    work = units * kernels.LANES * call.directions * call.steps * call.states
-    threads = max(1, min(torch.get_num_threads(), units, work // THREAD_WORK))
-    shares = list(pairwise(units * i // threads for i in range(threads + 1)))
-    others = [_threads().submit(kernel, *share, *arguments) for share in shares[1:]]
-    kernel(*shares[0], *arguments)
-    for other in others:
-        other.result()
-
-
-def _threads() -> ThreadPoolExecutor:
-    global _pool
-    if _pool is None:
-        _pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="vssm-scan")
-    return _pool
-
-
-def _forget_threads() -> None:
-    global _pool
-    _pool = None
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_threads)  # threads do not survive a fork
+    work = call.batch * call.width * call.directions * call.steps * call.states
+    threads = min(torch.get_num_threads(), units, work // THREAD_WORK)
+    spread(lambda first, last: kernel(first, last, *arguments), units, threads)

@@ -1,9 +1,9 @@
 """The compiled loops of the CPU scan: time is sequential, and a vector register holds channels.
 
-The unit of work is one sample and a block of LANES channels, all directions: units share no output, so any number of
-threads may take them and the result has the same bits. The tail of the last block is padded with zeros, so that the
-inner loops have a constant length. Chunks of steps are gathered into tiles (steps, LANES) that stay in the first-level
-cache; each state of a channel then runs through the chunk on its own. Derivation of the adjoint in kernels/README.md.
+The unit of work is one sample and a block of channels, all directions: units share no output, so any number of threads
+may take them, and the result has the same bits. Blocks are padded with zeros to whole registers. The steps are taken in
+chunks, which are gathered into memory that stays in the first-level cache; each state of a channel then runs through a
+chunk on its own. Derivation of the adjoint in kernels/README.md.
 
 Everything compiled stands in this one file: numba's cache follows changes of the file that defines a function, not of
 those that it calls.
@@ -16,7 +16,7 @@ import numba
 import numpy as np
 from numpy import float32, float64, int32
 
-LANES = 32
+LANES = 64
 
 
 class Inputs(NamedTuple):
@@ -27,7 +27,7 @@ class Inputs(NamedTuple):
 
     x: np.ndarray  # (b, l, k or 1, d)
     raw_step: np.ndarray  # (b, l, sets, d), without bias; sets is k, or 1 where directions are chained
-    A: np.ndarray  # (sets, n, d)
+    A_log2: np.ndarray  # (sets, n, d), A·log2(e): decays are powers of 2
     B_token: np.ndarray  # (b, l or 1, sets, n)
     B_channel: np.ndarray  # (sets, n, d)
     C_token: np.ndarray  # as B
@@ -76,8 +76,8 @@ class _Place(NamedTuple):
     length: int  # at most inputs.chunk
     block: int
     channel: int  # the first one of the block
-    width: int  # at most LANES
-    lanes: int  # width with its padding
+    width: int  # its number of channels
+    lanes: int  # the same, with the padding
 
 
 class _Scratch(NamedTuple):
@@ -126,23 +126,39 @@ def _compiled(*, reorder_sums: bool = False) -> Callable[[Callable], Any]:
 # Constants are float32: a float64 among them would widen the arithmetic. Polynomials are fitted to float32's precision.
 _ZERO, _ONE, _TWO = float32(0), float32(1), float32(2)
 _LOG2_E, _LN2_HIGH, _LN2_LOW = float32(1.4426950408889634), float32(0.693145751953125), float32(1.42860682e-6)
+_LN2 = float32(0.6931471805599453)
 _ROUND = float32(3 << 22)  # added to a small number, leaves its nearest integer in the last bits
-_EXP_MIN, _EXP_MAX = float32(-87), float32(89)  # 0 below; infinity from 88.4
-_E2, _E3, _E4, _E5, _E6 = (float32(c) for c in (0.5, 0.16666577, 0.04166646, 0.00836318, 0.00139337))
+_MIN_POWER, _MAX_POWER = float32(-127), float32(128)  # 0 and infinity in the exponent bits
+_P1, _P2, _P3, _P4, _P5, _P6 = (
+    float32(c) for c in (0.693147188, 0.240226509, 0.055503571, 0.00961805667, 0.00133908674, 0.000154614475)
+)
 _L3, _L5, _L7, _L9 = (float32(c) for c in (0.33333319, 0.2000386, 0.1411654, 0.13436028))
 
 
 @_compiled()
+def exp2(x: Any) -> Any:
+    """2^x."""
+    clipped = _MAX_POWER if x > _MAX_POWER else x  # written so that NaN stays NaN
+    clipped = _MIN_POWER if clipped < _MIN_POWER else clipped
+    shifted = clipped + _ROUND
+    return _power(shifted, clipped - (shifted - _ROUND))
+
+
+@_compiled()
 def exp(x: Any) -> Any:
-    """2^k·e^r with |r| ≤ ln(2)/2; 1 is added last, so that decays near 1 are right to the last bit."""
-    clipped = _EXP_MAX if x > _EXP_MAX else x  # written so that NaN stays NaN
-    clipped = _EXP_MIN if clipped < _EXP_MIN else clipped
-    shifted = float32(clipped * _LOG2_E + _ROUND)
+    """e^x, with the remainder in two steps: |x| log2(e) is not rounded."""
+    clipped = float32(89) if x > float32(89) else x
+    clipped = float32(-88) if clipped < float32(-88) else clipped
+    shifted = clipped * _LOG2_E + _ROUND
     k = shifted - _ROUND
-    r = clipped - k * _LN2_HIGH - k * _LN2_LOW
-    tail = r * r * (_E2 + r * (_E3 + r * (_E4 + r * (_E5 + r * _E6))))
-    power = int32((shifted.view(int32) << 23) + 0x3F800000).view(float32)
-    return _ZERO if x < _EXP_MIN else (_ONE + (r + tail)) * power
+    return _power(shifted, (clipped - k * _LN2_HIGH - k * _LN2_LOW) * _LOG2_E)
+
+
+@_compiled()
+def _power(shifted: Any, r: Any) -> Any:
+    """2^(k + r) from ``_ROUND`` + k and |r| ≤ 1/2; 1 is added last, so that decays near 1 are right to the last bit."""
+    rest = r * (_P1 + r * (_P2 + r * (_P3 + r * (_P4 + r * (_P5 + r * _P6)))))
+    return (_ONE + rest) * int32((float32(shifted).view(int32) << 23) + 0x3F800000).view(float32)
 
 
 @_compiled()
@@ -164,7 +180,7 @@ def sigmoid(x: Any) -> Any:
 @_compiled()
 def forward(first: int, last: int, inputs: Inputs, outputs: Outputs) -> None:
     """Scans units ``first`` to ``last`` − 1, of batch · blocks."""
-    sets = inputs.A.shape[0]
+    sets = inputs.A_log2.shape[0]
     k, steps = inputs.order.shape[1:]
     for unit in range(first, last):
         scratch = _new_scratch(inputs)
@@ -188,7 +204,7 @@ def forward(first: int, last: int, inputs: Inputs, outputs: Outputs) -> None:
 @_compiled()
 def backward(first: int, last: int, inputs: Inputs, gradients: Gradients) -> None:
     """Gradients of units ``first`` to ``last`` − 1, from the last chunk to the first."""
-    sets = inputs.A.shape[0]
+    sets = inputs.A_log2.shape[0]
     k, steps = inputs.order.shape[1:]
     for unit in range(first, last):
         scratch = _new_scratch(inputs)
@@ -216,20 +232,28 @@ def backward(first: int, last: int, inputs: Inputs, gradients: Gradients) -> Non
 
 
 @_compiled()
+def lanes_of_block(d: int) -> int:
+    """Channels of a block: at most LANES, whole registers, and where ``d`` allows an even number of blocks."""
+    pairs = max(1, (d + 2 * LANES - 1) // (2 * LANES))
+    share = (d + 2 * pairs - 1) // (2 * pairs)
+    return max(8, (share + 7) // 8 * 8)
+
+
+@_compiled()
 def _place(inputs: Inputs, unit: int, direction: int, begin: int) -> _Place:
-    sets, _, d = inputs.A.shape
-    blocks = (d + LANES - 1) // LANES
+    sets, _, d = inputs.A_log2.shape
+    lanes = lanes_of_block(d)
+    blocks = (d + lanes - 1) // lanes
     block = unit % blocks
-    channel = block * LANES
+    channel = block * lanes
     length = min(inputs.chunk, inputs.order.shape[2] - begin)
-    width = min(LANES, d - channel)
-    lanes = (width + 7) // 8 * 8
+    width = min(lanes, d - channel)
     return _Place(unit // blocks, direction, min(direction, sets - 1), begin, length, block, channel, width, lanes)
 
 
 @_compiled()
 def _new_scratch(inputs: Inputs) -> _Scratch:
-    n, chunk = inputs.A.shape[1], inputs.chunk
+    n, chunk = inputs.A_log2.shape[1], inputs.chunk
     matrices = np.zeros((4, chunk, n), float32)
     return _Scratch(
         np.zeros((chunk, _STEP_ROWS), float32), np.zeros((n, _STATE_ROWS), float32),
@@ -316,7 +340,7 @@ def _add_matrix(values: np.ndarray, matrix: np.ndarray, inputs: Inputs, place: _
 @_compiled()
 def _load_parameters(inputs: Inputs, place: _Place, scratch: _Scratch) -> None:
     which, channels = place.parameters, scratch.channels
-    _load_states(inputs.A[which], place, scratch, _A)
+    _load_states(inputs.A_log2[which], place, scratch, _A)
     for state in scratch.states:
         for c in range(LANES):
             state[_B + c] = _ONE
@@ -361,7 +385,7 @@ def _advance(place: _Place, scratch: _Scratch, j: int) -> None:
     for s in range(place.length):
         step, B, C = scratch.steps[s], scratch.B[s, j], scratch.C[s, j]
         for c in range(place.lanes):
-            h = exp(step[_DECAY_STEP + c] * state[_A + c]) * state[_STATE + c] + B * state[_B + c] * step[_SOURCE + c]
+            h = exp2(step[_DECAY_STEP + c] * state[_A + c]) * state[_STATE + c] + B * state[_B + c] * step[_SOURCE + c]
             state[_STATE + c] = h
             step[_Y + c] += C * state[_C + c] * h
 
@@ -375,7 +399,7 @@ def _recompute(place: _Place, scratch: _Scratch, j: int, start: np.ndarray) -> N
     for s in range(place.length):
         step, B = scratch.steps[s], scratch.B[s, j]
         for c in range(place.lanes):
-            decay = exp(step[_DECAY_STEP + c] * state[_A + c])
+            decay = exp2(step[_DECAY_STEP + c] * state[_A + c])
             before = state[_STATE + c]
             after = decay * before + B * state[_B + c] * step[_SOURCE + c]
             step[_DECAY + c] = decay
@@ -398,7 +422,7 @@ def _adjoint_recurrence(place: _Place, scratch: _Scratch, j: int) -> None:
             state[_DA + c] += dexponent * step[_DECAY_STEP + c]
             step[_DSTATE + c] = g
             step[_DSOURCE + c] += B * state[_B + c] * g
-            step[_DDECAY_STEP + c] += dexponent * state[_A + c]
+            step[_DDECAY_STEP + c] += dexponent * state[_A + c]  # in powers of 2
 
 
 @_compiled()
@@ -439,7 +463,8 @@ def _adjoint_of_step(inputs: Inputs, place: _Place, scratch: _Scratch) -> None:
     for s in range(place.length):
         step, gap = scratch.steps[s], gaps[place.begin + s]
         for c in range(place.lanes):
-            x, dy, dsource, ddecay_step = step[_X + c], step[_Y + c], step[_DSOURCE + c], step[_DDECAY_STEP + c]
+            x, dy, dsource = step[_X + c], step[_Y + c], step[_DSOURCE + c]
+            ddecay_step = step[_DDECAY_STEP + c] * _LN2
             slope = sigmoid(step[_RAW + c]) if inputs.softplus else _ONE
             draw = (x * dsource + ddecay_step) * slope
             step[_DX + c] = step[_STEP + c] * dsource + channels[_D + c] * dy

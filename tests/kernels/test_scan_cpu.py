@@ -11,7 +11,7 @@ from scan_cases import TOLERANCE, outputs_and_gradients, relative_error
 from vssm_kernels import backend, directional_scan, directional_scan_ref, use_backend
 
 numba = pytest.importorskip("numba")
-from vssm_kernels import scan_cpu, scan_cpu_kernels  # noqa: E402  numba first
+from vssm_kernels import scan_cpu, scan_cpu_kernels, scan_cpu_threads  # noqa: E402  numba first
 
 
 @pytest.fixture(autouse=True)
@@ -20,16 +20,18 @@ def _cpu():
         yield
 
 
-@pytest.fixture
-def threads(monkeypatch):
+@pytest.fixture(params=["torch's team", "own pool"])
+def threads(request, monkeypatch):
     """Sets the number of threads, and makes every unit of work worth one."""
     monkeypatch.setattr(scan_cpu, "THREAD_WORK", 1)
+    if request.param == "own pool":
+        monkeypatch.setattr(scan_cpu_threads, "_openmp", lambda: None)
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
 
 
-def _inputs(dtype=torch.float32, d: int = 70) -> dict:
+def _inputs(dtype=torch.float32, d: int = 140) -> dict:
     """Three samples, two directions and channels for several blocks, the last one narrow."""
     torch.manual_seed(1)
     b, l, k, n, r = 3, 21, 2, 3, 4
@@ -42,7 +44,7 @@ def _inputs(dtype=torch.float32, d: int = 70) -> dict:
     return {name: t.to(dtype).requires_grad_() for name, t in tensors.items()} | {"order": order}
 
 
-@pytest.mark.parametrize("d", [1, 8, 31, 32, 33, 70])
+@pytest.mark.parametrize("d", [1, 8, 63, 64, 65, 130, 200])
 def test_blocks_of_channels(d, threads):
     threads(2)
     results = outputs_and_gradients(directional_scan, _inputs(d=d))
@@ -74,7 +76,7 @@ def test_forked_process(threads):
     """A worker of a data loader: its parent's threads are gone, and torch gives it one; it may ask for more."""
     threads(2)
     inputs = {name: tensor.detach() for name, tensor in _inputs().items() if name not in ("dt_weight", "z")}
-    inputs["dt"] = torch.rand(3, 21, 2, 70)  # no matrix product: torch's own threads may not survive a fork
+    inputs["dt"] = torch.rand(3, 21, 2, 140)  # no matrix product: torch's own threads may not survive a fork
     expected = directional_scan(**inputs)
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
@@ -82,6 +84,15 @@ def test_forked_process(threads):
     child.start()
     assert queue.get(timeout=60) == expected.tolist()
     child.join()
+
+
+def test_an_error_on_another_thread_is_raised(threads):
+    def work(first, last):
+        raise ArithmeticError(f"unit {first}")
+
+    threads(2)
+    with pytest.raises(ArithmeticError, match="unit"):
+        scan_cpu_threads.spread(work, units=4, threads=2)
 
 
 def test_float64_stays_float64():
@@ -92,21 +103,21 @@ def test_float64_stays_float64():
 def test_exp_and_softplus():
     x = torch.cat([torch.linspace(-86, 88, 20001), torch.linspace(-1, 1, 20001)])
     x64 = x.double()
-    for function, exact in ((scan_cpu_kernels.exp, x64.exp()), (scan_cpu_kernels.softplus, x64.exp().log1p())):
-        result = torch.tensor([function(value) for value in x.numpy()], dtype=torch.float64)
-        assert ((result - exact) / exact).abs().max() < 3e-7
-    near_1 = torch.linspace(-0.3, 0, 20001)
-    result = torch.tensor([scan_cpu_kernels.exp(value) for value in near_1.numpy()], dtype=torch.float64)
-    assert abs((result / near_1.double().exp() - 1).mean()) < 1e-9  # an error to one side adds up over the steps
+    for name, exact in (("exp", x64.exp()), ("exp2", x64.exp2()), ("softplus", x64.exp().log1p())):
+        result = torch.tensor([getattr(scan_cpu_kernels, name)(value) for value in x.numpy()], dtype=torch.float64)
+        assert ((result - exact) / exact).abs().max() < 3e-7, name
+    small = torch.linspace(-0.3, 0, 20001)
+    result = torch.tensor([scan_cpu_kernels.exp2(value) for value in small.numpy()], dtype=torch.float64)
+    assert abs((result / small.double().exp2() - 1).mean()) < 3e-9  # an error to one side adds up over the steps
 
 
 def test_exp_and_softplus_at_the_ends():
     numbers = torch.tensor([-math.inf, -1e30, -200, 200, math.inf, math.nan]).numpy()
-    exp, softplus = ([float(f(x)) for x in numbers] for f in (scan_cpu_kernels.exp, scan_cpu_kernels.softplus))
-    assert exp[:5] == [0, 0, 0, math.inf, math.inf]
-    assert softplus[:5] == [0, 0, 0, 200, math.inf]
-    assert math.isnan(exp[5])
-    assert math.isnan(softplus[5])
+    big = [0, 0, 0, math.inf, math.inf]
+    for name, expected in (("exp", big), ("exp2", big), ("softplus", [0, 0, 0, 200, math.inf])):
+        *results, last = (float(getattr(scan_cpu_kernels, name)(x)) for x in numbers)
+        assert results == expected, name
+        assert math.isnan(last), name
 
 
 def test_no_place_for_the_cache():
