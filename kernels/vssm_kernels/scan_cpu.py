@@ -1,15 +1,13 @@
 """The scan compiled for the CPU by numba: prepares what the loops of ``scan_cpu_kernels.py`` read, and runs them.
 
-The low-rank product and the gate are torch's, before and after. float64 runs in ``scan_torch.py``.
+The low-rank product is torch's. float64 runs in ``scan_torch.py``.
 """
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vssm_kernels import scan_cpu_kernels as kernels
@@ -25,9 +23,7 @@ def forward(call: ScanCall) -> tuple[Tensor, Tensor]:
     """Result and last state of ``call`` (the state empty unless asked for)."""
     if call.compute_dtype == torch.float64:
         return scan_torch.forward(call)
-    result, state, _ = _forward(call, _inputs(call), keep_starts=False)
-    if call.z is not None:
-        result *= F.silu(call.z.float())
+    result, state, _ = _forward(call, _inputs(call), for_backward=False)
     last = _packed(state.transpose(-1, -2)) if call.return_last_state else result.new_empty(0)
     return result.to(call.result_dtype), last
 
@@ -37,7 +33,7 @@ def backward(call: ScanCall, dy: Tensor, dstate: Tensor) -> dict[str, Tensor]:
     if call.compute_dtype == torch.float64:
         return scan_torch.backward(call, dy, dstate)
     inputs = _inputs(call)
-    result, state, starts = _forward(call, inputs, keep_starts=True)
+    result, state, starts = _forward(call, inputs, for_backward=True)
     dresult = dy = dy.float()
     dz = None
     if call.z is not None:
@@ -93,14 +89,21 @@ def _array(tensor: Tensor, dtype: torch.dtype = torch.float32) -> np.ndarray:
     return tensor.detach().to(dtype).contiguous().numpy()
 
 
-def _forward(call: ScanCall, inputs: kernels.Inputs, *, keep_starts: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Result before the gate, in its shape, last state (b, sets, n, d), and the states at which chunks start."""
+def _forward(call: ScanCall, inputs: kernels.Inputs, *, for_backward: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Result in its shape, last state (b, sets, n, d), and the states at which chunks start.
+
+    The backward pass needs these states, and the result as it is before the gate.
+    """
     state = torch.empty(call.batch, call.sequences, call.states, call.width)
-    chunks = -(-call.steps // CHUNK) if keep_starts else 0
+    chunks = -(-call.steps // CHUNK) if for_backward else 0
     starts = torch.empty(call.batch, call.directions, chunks, call.states, call.width)
     result = torch.zeros(call.result_shape)
-    rows = result.view(call.batch, call.tokens, -1, call.width)
-    _run(kernels.forward, call, inputs, kernels.Outputs(*map(_array, (rows, starts, state))))
+
+    def rows(tensor: Tensor) -> Tensor:
+        return tensor.reshape(call.batch, call.tokens, -1, call.width)
+
+    gate = result.new_empty(0, 0, 0, 0) if call.z is None or for_backward else rows(call.z)
+    _run(kernels.forward, call, inputs, kernels.Outputs(*map(_array, (rows(result), starts, state, gate))))
     return result, state, starts
 
 
@@ -157,9 +160,10 @@ def _blocks(call: ScanCall) -> int:
     return -(-call.width // kernels.lanes_of_block(call.width))
 
 
-def _run(kernel: Callable[..., None], call: ScanCall, *arguments: Any) -> None:
+def _run(kernel: Callable[..., None], call: ScanCall, *arguments: tuple) -> None:
     """Runs all units of work on as many threads as torch uses, or fewer if there is little to do."""
+    fields = [tuple(argument) for argument in arguments]
     units = call.batch * _blocks(call)
     work = call.batch * call.width * call.directions * call.steps * call.states
     threads = min(torch.get_num_threads(), units, work // THREAD_WORK)
-    spread(lambda first, last: kernel(first, last, *arguments), units, threads)
+    spread(lambda first, last: kernel(first, last, *fields), units, threads)

@@ -47,6 +47,7 @@ class Outputs(NamedTuple):
     result: np.ndarray  # (b, l, k or 1, d), zeros before
     starts: np.ndarray  # (b, k, chunks, n, d), the state before every chunk; empty if nobody needs it
     state: np.ndarray  # (b, sets, n, d)
+    z: np.ndarray  # read: the gate, as result; empty if there is none
 
 
 class Gradients(NamedTuple):
@@ -95,6 +96,8 @@ class _Scratch(NamedTuple):
     C: np.ndarray
     dB: np.ndarray
     dC: np.ndarray
+    B_per_channel: bool  # else the factor of the channels is 1
+    C_per_channel: bool
 
 
 _X, _RAW, _STEP, _DECAY_STEP, _SOURCE, _Y, _DECAY, _BEFORE, _AFTER, _DSTATE, _DSOURCE, _DDECAY_STEP, _DX, _DRAW = (
@@ -109,14 +112,18 @@ _DD, _DBIAS, _DIDLE = (row * LANES for row in range(3))
 _SUM_ROWS = 3 * LANES
 
 
-def _compiled(*, reorder_sums: bool = False) -> Callable[[Callable], Any]:
-    """Decorator: compiles at the first call and keeps the code on disk where a place for it can be found."""
+def _compiled(*, keep: bool = False, reorder_sums: bool = False) -> Callable[[Callable], Any]:
+    """Decorator: compiles at the first call; ``keep``: keeps the code on disk where there is a place for it.
+
+    Only what Python calls is kept, and its arguments are of no type of ours: the index of numba's cache outlives an
+    upgrade, and cannot be read where it names a type that is gone.
+    """
     flags = {"contract", "reassoc", "nsz"} if reorder_sums else {"contract"}
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": flags}
 
     def decorate(function: Callable) -> Any:
         try:
-            return numba.njit(cache=True, **options)(function)
+            return numba.njit(cache=keep, **options)(function)
         except RuntimeError:  # neither beside this file nor in the user's home can anything be written
             return numba.njit(**options)(function)
 
@@ -177,9 +184,20 @@ def sigmoid(x: Any) -> Any:
     return (_ONE if x > _ZERO else e) / (_ONE + e)
 
 
+@_compiled(keep=True)
+def forward(first: int, last: int, inputs: tuple, outputs: tuple) -> None:
+    """Scans units ``first`` to ``last`` − 1, of batch · blocks; the tuples hold the fields of Inputs and Outputs."""
+    _forward(first, last, Inputs(*inputs), Outputs(*outputs))
+
+
+@_compiled(keep=True)
+def backward(first: int, last: int, inputs: tuple, gradients: tuple) -> None:
+    """Gradients of units ``first`` to ``last`` − 1; the tuples hold the fields of Inputs and Gradients."""
+    _backward(first, last, Inputs(*inputs), Gradients(*gradients))
+
+
 @_compiled()
-def forward(first: int, last: int, inputs: Inputs, outputs: Outputs) -> None:
-    """Scans units ``first`` to ``last`` − 1, of batch · blocks."""
+def _forward(first: int, last: int, inputs: Inputs, outputs: Outputs) -> None:
     sets = inputs.A_log2.shape[0]
     k, steps = inputs.order.shape[1:]
     for unit in range(first, last):
@@ -199,11 +217,13 @@ def forward(first: int, last: int, inputs: Inputs, outputs: Outputs) -> None:
                 _add_rows(scratch, _Y, outputs.result, inputs, place, False)
             if i == k - 1 or sets == k:
                 _store_states(scratch, _STATE, outputs.state[place.sample, place.parameters], place)
+        if outputs.z.size:
+            _apply_gate(_place(inputs, unit, 0, 0), outputs)
 
 
 @_compiled()
-def backward(first: int, last: int, inputs: Inputs, gradients: Gradients) -> None:
-    """Gradients of units ``first`` to ``last`` − 1, from the last chunk to the first."""
+def _backward(first: int, last: int, inputs: Inputs, gradients: Gradients) -> None:
+    """From the last chunk to the first."""
     sets = inputs.A_log2.shape[0]
     k, steps = inputs.order.shape[1:]
     for unit in range(first, last):
@@ -258,7 +278,7 @@ def _new_scratch(inputs: Inputs) -> _Scratch:
     return _Scratch(
         np.zeros((chunk, _STEP_ROWS), float32), np.zeros((n, _STATE_ROWS), float32),
         np.zeros(_CHANNEL_ROWS, float32), np.zeros(_SUM_ROWS, float64),
-        matrices[0], matrices[1], matrices[2], matrices[3],
+        matrices[0], matrices[1], matrices[2], matrices[3], inputs.B_channel.size > 0, inputs.C_channel.size > 0,
     )  # fmt: skip
 
 
@@ -385,9 +405,22 @@ def _advance(place: _Place, scratch: _Scratch, j: int) -> None:
     for s in range(place.length):
         step, B, C = scratch.steps[s], scratch.B[s, j], scratch.C[s, j]
         for c in range(place.lanes):
-            h = exp2(step[_DECAY_STEP + c] * state[_A + c]) * state[_STATE + c] + B * state[_B + c] * step[_SOURCE + c]
+            B_c = B * state[_B + c] if scratch.B_per_channel else B
+            C_c = C * state[_C + c] if scratch.C_per_channel else C
+            h = exp2(step[_DECAY_STEP + c] * state[_A + c]) * state[_STATE + c] + B_c * step[_SOURCE + c]
             state[_STATE + c] = h
-            step[_Y + c] += C * state[_C + c] * h
+            step[_Y + c] += C_c * h
+
+
+@_compiled()
+def _apply_gate(place: _Place, outputs: Outputs) -> None:
+    """Multiplies the result of one unit by silu(z)."""
+    for token in range(outputs.result.shape[1]):
+        for i in range(outputs.result.shape[2]):
+            result = outputs.result[place.sample, token, i, place.channel :]
+            z = outputs.z[place.sample, token, i, place.channel :]
+            for c in range(place.width):
+                result[c] *= z[c] * sigmoid(z[c])
 
 
 @_compiled()

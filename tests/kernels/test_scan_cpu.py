@@ -126,7 +126,7 @@ def test_no_place_for_the_cache():
     exec(compile("def twice(x):\n    return 2 * x", "<not a file>", "exec"), scope)
     with pytest.raises(RuntimeError, match="cannot cache"):
         numba.njit(cache=True)(scope["twice"])
-    assert scan_cpu_kernels._compiled()(scope["twice"])(3) == 6
+    assert scan_cpu_kernels._compiled(keep=True)(scope["twice"])(3) == 6
 
 
 def test_choice(monkeypatch):
