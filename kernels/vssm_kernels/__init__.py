@@ -4,14 +4,12 @@ from vssm_kernels.backend import available_backends, use_backend
 from vssm_kernels.causal_conv import causal_conv
 from vssm_kernels.interface import directional_scan, selective_scan
 from vssm_kernels.reference import directional_scan_ref, selective_scan_ref
-from vssm_kernels.rms_norm import rms_norm
 
 __all__ = [
     "available_backends",
     "causal_conv",
     "directional_scan",
     "directional_scan_ref",
-    "rms_norm",
     "selective_scan",
     "selective_scan_ref",
     "use_backend",

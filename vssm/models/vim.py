@@ -11,6 +11,7 @@ resized with the class token's entry where it is, in the middle, while the offic
 
 import math
 import re
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -20,7 +21,6 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vssm.layers.conv import CausalTokenConv
-from vssm.layers.norm import RMSNorm
 from vssm.layers.ssm import SelectiveSSM
 from vssm.layers.stem import PatchStem
 from vssm.models._base import TokenBackbone
@@ -117,18 +117,19 @@ class Vim(TokenBackbone):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ) -> None:
+        norm_layer = partial(nn.RMSNorm, embed_dim, eps=1e-5)
         rates = cast("list[float]", calculate_drop_path_rates(drop_path_rate, depth))
         super().__init__(
             stem=PatchStem(in_chans, embed_dim, patch_size=patch_size, stride=stride),
             blocks=[
                 VimBlock(
                     VimMixer(embed_dim, d_state=d_state, d_conv=d_conv, expand=expand),
-                    norm=RMSNorm(embed_dim, eps=1e-5),
+                    norm=norm_layer(),
                     drop_path=rate,
                 )
                 for rate in rates
             ],
-            norm=nn.RMSNorm(embed_dim, eps=1e-5),
+            norm=norm_layer(),
             embed_dim=embed_dim,
             img_size=img_size,
             dynamic_img_size=dynamic_img_size,
