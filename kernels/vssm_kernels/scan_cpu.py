@@ -4,16 +4,14 @@ The low-rank product is torch's. float64 runs in ``scan_torch.py``.
 """
 
 import math
-from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from vssm_kernels import scan_cpu_kernels as kernels
 from vssm_kernels import scan_torch
 from vssm_kernels.scan_call import ScanCall
-from vssm_kernels.scan_cpu_threads import spread
+from vssm_kernels.scan_cpu_threads import on_threads
 
 CHUNK = 16  # steps taken at a time, and between the states that the backward pass keeps
 THREAD_WORK = 1 << 16  # elements of (b, k, d, t, n) that are worth a thread
@@ -49,9 +47,9 @@ def backward(call: ScanCall, dy: Tensor, dstate: Tensor) -> dict[str, Tensor]:
 def _inputs(call: ScanCall) -> kernels.Inputs:
     b, l, d, k, t = call.batch, call.tokens, call.width, call.directions, call.steps
     sets = call.sequences
-    raw_step = call.dt
+    raw_step = call.dt.permute(2, 0, 1, 3).reshape(sets, b * l, call.dt.shape[-1])
     if call.dt_weight is not None:
-        raw_step = torch.einsum("blkr,kdr->blkd", call.dt.float(), call.dt_weight.float())
+        raw_step = torch.bmm(raw_step.float(), call.dt_weight.float().transpose(1, 2))
     zeros = call.A.new_zeros(sets, d)
     B_token, B_channel = _factors(call.B, call)
     C_token, C_channel = _factors(zeros.new_ones(sets, 1) if call.C is None else call.C, call)
@@ -59,7 +57,7 @@ def _inputs(call: ScanCall) -> kernels.Inputs:
     gap = zeros.new_zeros(1, k, t) if call.gap is None else call.gap
     return kernels.Inputs(
         x=_array(call.x.view(b, l, 1, d) if call.x.ndim == 3 else call.x),
-        raw_step=_array(raw_step),
+        raw_step=_array(raw_step.view(sets, b, l, 1, d)),
         A_log2=_array(call.A.transpose(-1, -2) * math.log2(math.e)),
         B_token=B_token,
         B_channel=B_channel,
@@ -72,10 +70,11 @@ def _inputs(call: ScanCall) -> kernels.Inputs:
         softplus=call.softplus,
         by_step=call.params == "step",
         chunk=CHUNK,
+        lanes=_lanes(d),
     )
 
 
-def _factors(matrix: Tensor, call: ScanCall) -> tuple[np.ndarray, np.ndarray]:
+def _factors(matrix: Tensor, call: ScanCall) -> tuple[Tensor, Tensor]:
     """B or C as a factor per token, (b, l or 1, sets, n), and one per channel, (sets, n, d) or empty for 1."""
     one = matrix.new_ones(())
     if matrix.ndim == 3:
@@ -84,9 +83,9 @@ def _factors(matrix: Tensor, call: ScanCall) -> tuple[np.ndarray, np.ndarray]:
     return _array(rows), _array(one.expand(0, 0, 0))
 
 
-def _array(tensor: Tensor, dtype: torch.dtype = torch.float32) -> np.ndarray:
-    """The tensor's memory, or a copy where it is not contiguous or of another dtype."""
-    return tensor.detach().to(dtype).contiguous().numpy()
+def _array(tensor: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The tensor, or a copy where it is not contiguous or of another dtype."""
+    return tensor.to(dtype).contiguous()
 
 
 def _forward(call: ScanCall, inputs: kernels.Inputs, *, for_backward: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,7 +102,7 @@ def _forward(call: ScanCall, inputs: kernels.Inputs, *, for_backward: bool) -> t
         return tensor.reshape(call.batch, call.tokens, -1, call.width)
 
     gate = result.new_empty(0, 0, 0, 0) if call.z is None or for_backward else rows(call.z)
-    _run(kernels.forward, call, inputs, kernels.Outputs(*map(_array, (rows(result), starts, state, gate))))
+    _run("forward", call, inputs, kernels.Outputs(rows(result), starts, state, _array(gate)))
     return result, state, starts
 
 
@@ -124,14 +123,11 @@ def _backward(
         "dbias": torch.zeros(b, *inputs.bias.shape),
     }
     rows = dresult.reshape(b, call.tokens, -1, call.width)
-    arrays = {name: _array(tensor) for name, tensor in sums.items()}
-    _run(
-        kernels.backward, call, inputs,
-        kernels.Gradients(dresult=_array(rows), starts=_array(starts), dstate=_array(dstate), **arrays),
-    )  # fmt: skip
+    _run("backward", call, inputs, kernels.Gradients(_array(rows), starts, _array(dstate), **sums))
+    draw_step = sums["draw_step"].squeeze(3)  # (sets, b, l, d)
     by_name = {
         "x": sums["dx"].view(call.x.shape),
-        "dt": sums["draw_step"],
+        "dt": draw_step.permute(1, 2, 0, 3),
         "A": sums["dA"].sum(0).transpose(-1, -2),
         "B": _matrix_gradient(call.B, sums["dB_token"], sums["dB_channel"]),
         "C": None if call.C is None else _matrix_gradient(call.C, sums["dC_token"], sums["dC_channel"]),
@@ -139,8 +135,8 @@ def _backward(
         "dt_bias": None if call.dt_bias is None else sums["dbias"].sum(0),
     }
     if call.dt_weight is not None:
-        by_name["dt_weight"] = torch.einsum("blkd,blkr->kdr", by_name["dt"], call.dt.float())
-        by_name["dt"] = torch.einsum("blkd,kdr->blkr", by_name["dt"], call.dt_weight.float())
+        by_name["dt_weight"] = torch.einsum("kbld,blkr->kdr", draw_step, call.dt.float())
+        by_name["dt"] = torch.einsum("kbld,kdr->blkr", draw_step, call.dt_weight.float())
     return {name: _packed(gradient) for name, gradient in by_name.items() if gradient is not None}
 
 
@@ -156,14 +152,20 @@ def _packed(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(-1).view(tensor.shape)
 
 
+def _lanes(d: int) -> int:
+    """Channels of a block: whole registers, at most LANES, and where ``d`` allows an even number of blocks."""
+    pairs = max(1, -(-d // (2 * kernels.LANES)))
+    return max(8, -(-d // (2 * pairs) // 8) * 8)
+
+
 def _blocks(call: ScanCall) -> int:
-    return -(-call.width // kernels.lanes_of_block(call.width))
+    return -(-call.width // _lanes(call.width))
 
 
-def _run(kernel: Callable[..., None], call: ScanCall, *arguments: tuple) -> None:
-    """Runs all units of work on as many threads as torch uses, or fewer if there is little to do."""
-    fields = [tuple(argument) for argument in arguments]
+def _run(name: str, call: ScanCall, inputs: kernels.Inputs, others: kernels.Outputs | kernels.Gradients) -> None:
+    """Runs all units of work on torch's threads, or on this one if there is little to do."""
     units = call.batch * _blocks(call)
     work = call.batch * call.width * call.directions * call.steps * call.states
-    threads = min(torch.get_num_threads(), units, work // THREAD_WORK)
-    spread(lambda first, last: kernel(first, last, *fields), units, threads)
+    threads = torch.get_num_threads() if min(units, work // THREAD_WORK) > 1 else 1
+    scratch = torch.empty(threads, kernels.scratch_size(call.states, inputs.chunk), dtype=torch.uint8)
+    on_threads(kernels.entry(name).address, kernels.table(units, scratch, inputs, others), threads)

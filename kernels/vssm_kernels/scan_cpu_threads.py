@@ -7,48 +7,28 @@ threads would have to share the cores with them, and a scan comes right after to
 import ctypes
 import functools
 import os
-from collections import deque
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
-from itertools import pairwise
 from typing import Any
 
-import torch
-
-_Body = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_Function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)  # releases the interpreter's lock
 _forked = False
 _pool: ThreadPoolExecutor | None = None
 
 
-def spread(work: Callable[[int, int], None], units: int, threads: int) -> None:
-    """Calls ``work(first, last)`` for shares of all units, on up to ``threads`` threads, this one among them.
+def on_threads(function: int, argument: Any, threads: int) -> None:
+    """Calls the C function at an address, of one pointer, on several threads at once, this one among them.
 
-    ``work`` has to release the interpreter's lock. Any number of threads may call this at once.
+    They share the work out among themselves, without the interpreter's lock. Any number of threads may call this at
+    once. A team of another size than torch's would be formed anew.
     """
-    if threads < 2:
-        work(0, units)
+    call = _Function(function)
+    parallel = None if _forked or threads < 2 else _openmp()
+    if parallel is not None:
+        parallel(call, argument, threads, 0)
         return
-    shares = deque(pairwise(units * i // threads for i in range(threads + 1)))
-    errors: list[BaseException] = []
-
-    def take_shares(_: Any = None) -> None:
-        while True:
-            try:
-                work(*shares.popleft())
-            except IndexError:  # nothing left
-                return
-            except BaseException as error:
-                errors.append(error)
-
-    parallel = None if _forked else _openmp()
-    if parallel is None:
-        others = [_threads().submit(take_shares) for _ in range(threads - 1)]
-        take_shares()
-        wait(others)
-    else:
-        parallel(_Body(take_shares), None, torch.get_num_threads(), 0)  # of another size, the team would be formed anew
-    if errors:
-        raise errors[0]
+    others = [_threads().submit(call, argument) for _ in range(threads - 1)]
+    call(argument)
+    wait(others)
 
 
 @functools.cache
@@ -58,7 +38,12 @@ def _openmp() -> Any:
         parallel = ctypes.CDLL(None).GOMP_parallel
     except (AttributeError, OSError, TypeError):  # another runtime, or another system
         return None
-    parallel.argtypes = [_Body, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]  # body, its argument, threads, flags
+    parallel.argtypes = [
+        _Function,
+        ctypes.c_void_p,
+        ctypes.c_uint,
+        ctypes.c_uint,
+    ]  # function, its argument, threads, flags
     parallel.restype = None
     return parallel
 
