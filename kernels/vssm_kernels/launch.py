@@ -1,7 +1,6 @@
-"""The Triton backend: sizes of launches, buffers, and the order of passes over the kernels of ``scan_triton.py``."""
+"""Launches of the Triton kernels: memory, sizes and the passes that a scan and its gradients take."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,30 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vssm_kernels import scan_torch
-from vssm_kernels import scan_triton as kernels
+from vssm_kernels import launch_table, scan_torch, scan_triton
 from vssm_kernels.scan_call import ScanCall
 
-
-@dataclass(frozen=True)
-class LaunchConfig:
-    """Sizes of a launch."""
-
-    block: int  # channels of a program
-    unroll: int  # steps whose loads are issued together; backward keeps their states in registers
-    chunk: int  # steps of a program
-
-
-def launch_config(walks: int, width: int, states: int, length: int, *, backward: bool) -> LaunchConfig:
-    """Sizes for ``walks`` sequences over the whole batch, measured on an H100.
-
-    Sequences are cut into chunks only where there are too few to fill a GPU, since decays are then computed twice.
-    """
-    block = min(32, max(16, triton.next_power_of_2(width)))
-    unroll = 4 if states <= 4 else 1 if backward else 2
-    programs = walks * math.ceil(width / block)
-    chunks = 1 if programs >= 1024 else max(1, min(math.ceil(4096 / programs), length // 64))
-    return LaunchConfig(block, unroll, math.ceil(length / chunks / unroll) * unroll)
+kernels: Any = scan_triton  # Triton's language looks like Python, but its types are others
+_PACKED = 64  # steps of a program that packs or unpacks
 
 
 def forward(call: ScanCall) -> tuple[Tensor, Tensor]:
@@ -41,14 +21,11 @@ def forward(call: ScanCall) -> tuple[Tensor, Tensor]:
     if call.compute_dtype == torch.float64:  # the kernels compute in float32
         return scan_torch.forward(call)
     launch = _Launch(call, backward=False)
-    starts, _ = launch.chunk_starts()
-    parts = launch.visits(call.result_dtype)
-    ends = launch.states(launch.chunks) if call.return_last_state else None
-    launch.walk(y=parts, start=starts, ends=ends)
-    result = _merged(call, parts)
-    if ends is None:
+    start, _ = launch.chunk_starts()
+    result, states = launch.walk(start=start, gated=call.z is not None)
+    if not call.return_last_state:
         return result, launch.empty(0)
-    last = ends[-1].view(call.batch, call.sequences, call.states, call.width)
+    last = states[-1].view(call.batch, call.sequences, call.states, call.width)
     return result, last.transpose(-1, -2).contiguous()
 
 
@@ -57,86 +34,67 @@ def backward(call: ScanCall, dy: Tensor, dstate: Tensor) -> dict[str, Tensor]:
     if call.compute_dtype == torch.float64:
         return scan_torch.backward(call, dy, dstate)
     launch = _Launch(call, backward=True)
-    starts, totals = launch.chunk_starts()
-    saved = launch.states(launch.groups)
-    launch.walk(saved=saved, start=starts)
-    later = dstate.transpose(-1, -2).contiguous() if call.return_last_state else None
-    if launch.chunks > 1:
-        later = launch.chunk_gradients(dy, totals, later)
-    return _gathered(call, launch.walk_back(dy, saved, later), launch.blocks)
+    start, totals = launch.chunk_starts()
+    grads = {}
+    if call.z is None:
+        states = launch.states_of_tiles(start)
+    else:
+        result, states = launch.walk(start=start, gated=False, of_tiles=True)
+        dy, grads["z"] = _gate_gradients(call, dy, result)
+    later = launch.gradients_of_chunks(dy, totals, dstate)
+    return grads | launch.walk_back(dy, states, later)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A tensor (b, l, d) or (b, l, k, d) as the kernels address it: rows of contiguous channels."""
+
+    tensor: Tensor
+    sample: int
+    token: int
+    direction: int
+
+    def arguments(self, name: str) -> dict[str, Any]:
+        return {
+            name: self.tensor,
+            f"{name}_sample": self.sample,
+            f"{name}_token": self.token,
+            f"{name}_direction": self.direction,
+        }
 
 
 class _Launch:
-    """One call as the kernels take it: rows of contiguous channels, strides, sizes and switches."""
+    """One call, brought into the order of its steps, and the passes over it."""
 
     def __init__(self, call: ScanCall, *, backward: bool) -> None:
         self.call = call
+        self.config = launch_table.launch_config(call, backward=backward)
         self.walks = call.batch * call.sequences
         self.length = call.steps * (call.directions if call.chain else 1)
-        config = launch_config(self.walks, call.width, call.states, self.length, backward=backward)
-        self.chunks = max(1, math.ceil(self.length / config.chunk))
-        self.groups = max(1, math.ceil(self.length / config.unroll))
-        self.blocks = math.ceil(call.width / config.block)
-        self.grid = (self.walks * self.blocks, self.chunks)
-        self.A = call.A.float().transpose(-1, -2).contiguous()  # (k, n, d), as everything per channel
-        self.arguments = self._inputs() | self._switches(config)
+        self.tiles = max(1, math.ceil(self.length / self.config.steps))
+        self.padded = self.tiles * self.config.steps
+        self.chunk = math.ceil(self.tiles / self.config.chunks) * self.config.steps
+        self.chunks = max(1, math.ceil(self.length / self.chunk))
+        self.blocks = math.ceil(call.width / self.config.channels)
+        self.A = _states_first(call.A.float())
+        self.none = self.A  # stands for a tensor that a launch does not touch
+        self.step_arguments = self._pack()
+        self.switches = self._switches()
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Uninitialised memory on the device of the call."""
-        return torch.empty(shape, dtype=dtype, device=self.call.x.device)
+        """Uninitialised memory on the device of the call; zeros where there is no step to write it."""
+        make = torch.empty if self.length else torch.zeros
+        return make(shape, dtype=dtype, device=self.call.x.device)
 
     def states(self, count: int) -> Tensor:
         """Space for ``count`` states of every walk, (count, b·k, n, d)."""
         return self.empty(count, self.walks, self.call.states, self.call.width)
 
-    def visits(self, dtype: torch.dtype, *, width: int | None = None, copies: int = 1) -> Tensor:
-        """Space for a row per token and direction, (copies·b, l, k, width), 0 where a direction skips tokens."""
+    def visits(self, width: int, dtype: torch.dtype) -> Tensor:
+        """Space for a row per token and direction (b, l, k, width), 0 where a direction skips tokens."""
         call = self.call
-        shape = (copies * call.batch, call.tokens, call.directions, call.width if width is None else width)
-        space = self.empty(*shape, dtype=dtype)
+        space = self.empty(call.batch, call.tokens, call.directions, width, dtype=dtype)
         return space if call.steps == call.tokens else space.zero_()
-
-    def walk(
-        self,
-        *,
-        y: Tensor | None = None,
-        saved: Tensor | None = None,
-        start: Tensor | None = None,
-        ends: Tensor | None = None,
-        totals: Tensor | None = None,
-    ) -> None:
-        """Takes all steps forward; reads ``start`` and writes the others, where given."""
-        totals = self.empty(self.chunks, self.walks, self.call.width) if totals is None else totals
-        tensors = {"y": y, "saved": saved, "start": start, "ends": ends}
-        self._run(
-            kernels.scan_forward_kernel,
-            **{name: self.A if tensor is None else tensor for name, tensor in tensors.items()},
-            totals=totals,
-            HAS_START=start is not None,
-            WRITE_Y=y is not None,
-            WRITE_SAVED=saved is not None,
-            WRITE_ENDS=ends is not None,
-        )
-
-    def walk_back(self, dy: Tensor, saved: Tensor, later: Tensor | None) -> dict[str, Tensor]:
-        """Takes all steps backwards; returns raw gradients, at visits or per walk and chunk."""
-        call = self.call
-        per_walk = (self.chunks, self.walks, call.width)
-        found = {
-            "dx": self.visits(call.x.dtype),
-            "draw": self.visits(call.dt.dtype),
-            "dz": self.A if call.z is None else self.visits(call.z.dtype),
-            "dA": self.states(self.chunks),
-            "dD": self.empty(*per_walk),
-            "dbias": self.empty(*per_walk),
-            "dweight": self.empty(self.chunks, self.walks, self.arguments["RANK"], call.width),
-        }
-        for name in ("B", "C"):
-            per_token = self.arguments[f"{name}_PER_TOKEN"]
-            rows = self.visits(torch.float32, width=call.states, copies=self.blocks) if per_token else None
-            found[f"d{name}"] = self.states(self.chunks) if rows is None else rows
-        self._run_adjoint(dy, found, saved=saved, later=later)
-        return found
 
     def chunk_starts(self) -> tuple[Tensor | None, Tensor]:
         """The state every chunk starts from (None if there is but one), and the sums of its decay steps."""
@@ -144,191 +102,357 @@ class _Launch:
         if self.chunks == 1:
             return None, totals
         ends = self.states(self.chunks)
-        self.walk(ends=ends, totals=totals)
+        self._forward(states=ends, totals=totals, WRITE_TOTALS=True)
         self._carry(ends, totals, None, reverse=False)
         return ends, totals
 
-    def chunk_gradients(self, dy: Tensor, totals: Tensor, last: Tensor | None) -> Tensor:
-        """The gradient of the state after every chunk, from that of the last state."""
-        earlier = self.states(self.chunks)
-        self._run_adjoint(dy, {}, earlier=earlier)
-        self._carry(earlier, totals, last, reverse=True)
-        return earlier
+    def states_of_tiles(self, start: Tensor | None) -> Tensor | None:
+        """The state before every tile; None if that is 0 because there is one tile."""
+        if self.tiles == 1:
+            return None
+        states = self.states(self.tiles + self.chunks)
+        self._forward(start=start, states=states, WRITE_STATES=True)
+        return states
 
-    def _run_adjoint(
-        self,
-        dy: Tensor,
-        found: dict[str, Tensor],
-        *,
-        saved: Tensor | None = None,
-        later: Tensor | None = None,
-        earlier: Tensor | None = None,
-    ) -> None:
-        dy = _rows(dy)
-        z = dy if self.call.z is None else _rows(self.call.z)
-        written = dict.fromkeys(("dx", "draw", "dz", "dB", "dC", "dA", "dD", "dbias", "dweight"), self.A) | found
+    def walk(self, *, start: Tensor | None, gated: bool, of_tiles: bool = False) -> tuple[Tensor, Tensor]:
+        """The result, multiplied by silu(z) if ``gated``, and the states before tiles or after chunks."""
+        call, dtype = self.call, self.call.result_dtype
+        merging = call.merge and call.directions > 1
+        y = self.visits(call.width, dtype)
+        states = self.states(self.tiles + self.chunks if of_tiles else self.chunks)
+        in_kernel = gated and not merging
+        gate = {} if not in_kernel or call.z is None else self._visit_rows(call.z).arguments("z")
+        self._forward(
+            start=start,
+            states=states,
+            **self._visit_rows(y).arguments("y"),
+            **gate,
+            WRITE_Y=True,
+            WRITE_STATES=of_tiles,
+            GATED=in_kernel,
+        )
+        if merging:
+            y = _merged(y, call.z if gated else None)
+        return y.view(call.result_shape), states
+
+    def gradients_of_chunks(self, dy: Tensor, totals: Tensor, dstate: Tensor) -> tuple[Tensor, bool]:
+        """The gradient of the state after every chunk, and whether it is there or else 0."""
+        call = self.call
+        last = _states_first(dstate).view(-1) if call.return_last_state else None
+        if self.chunks == 1:
+            return (self.states(1), False) if last is None else (last.clone(), True)
+        later = self.states(self.chunks)
+        self._adjoint(dy, later=later, ONLY_EARLIER=True)
+        self._carry(later, totals, last, reverse=True)
+        return later, True
+
+    def walk_back(self, dy: Tensor, states: Tensor | None, later: tuple[Tensor, bool]) -> dict[str, Tensor]:
+        """The gradients of everything but the gate."""
+        call = self.call
+        dx = self.visits(call.width, call.x.dtype)
+        per_chunk = (self.chunks, self.walks)
+        low_rank = call.dt_weight is not None
+        rank = call.dt.shape[-1]
+        found = {
+            "ddt": self.empty(self.blocks, self.walks, self.padded, rank)
+            if low_rank
+            else self.visits(call.width, call.dt.dtype),
+            "dmatrices": self.empty(self.blocks, self.walks, self.tiles, call.states, 2, self.config.steps),
+            "dA": self.states(self.chunks),
+            "dD": self.empty(*per_chunk, call.width),
+            "dbias": self.empty(*per_chunk, call.width),
+            "dweight": self.empty(*per_chunk, call.width, rank) if low_rank else self.none,
+        }
+        for name in ("B", "C"):
+            found[f"d{name}"] = self.none if self.switches[f"{name}_PER_TOKEN"] else self.states(self.chunks)
+        ddt = {} if low_rank else self._visit_rows(found.pop("ddt")).arguments("ddt")
+        self._adjoint(
+            dy,
+            **found,
+            **ddt,
+            **self._visit_rows(dx).arguments("dx"),
+            states=states,
+            later=later[0],
+            HAS_LATER=later[1],
+        )
+        dx = _merged(dx, None) if call.x.ndim == 3 and call.directions > 1 else dx
+        return {"x": dx.view(call.x.shape)} | self._gathered(found | ddt)
+
+    def _forward(self, **arguments: Any) -> None:
+        """Runs the forward kernel; a tensor not given is not touched."""
+        modes = ("WRITE_Y", "WRITE_STATES", "WRITE_TOTALS", "GATED")
+        start = arguments.pop("start", None)
+        strides = {f"{name}_{axis}": 0 for name in "yz" for axis in ("sample", "token", "direction")}
+        defaults = strides | dict.fromkeys(("y", "z", "totals"), self.none) | dict.fromkeys(modes, False)
+        self._run(
+            kernels.scan_forward_kernel,
+            **defaults | arguments,
+            start=self.none if start is None else start,
+            HAS_START=start is not None,
+        )
+
+    def _adjoint(self, dy: Tensor, **arguments: Any) -> None:
+        """Runs the adjoint kernel; a tensor not given is not touched."""
+        call = self.call
+        tensors = ("dx", "ddt", "dmatrices", "dB", "dC", "dA", "dD", "dbias", "dweight")
+        strides = {f"{name}_{axis}": 0 for name in ("dx", "ddt") for axis in ("sample", "token", "direction")}
+        states = arguments.pop("states", None)
+        modes = {"HAS_LATER": False, "ONLY_EARLIER": False}
         self._run(
             kernels.scan_adjoint_kernel,
-            **written,
-            **_strided("dy", dy),
-            **_strided("z", z),
-            saved=self.A if saved is None else saved,
-            later=self.A if later is None else later,
-            earlier=self.A if earlier is None else earlier,
-            batch=self.call.batch,
-            HAS_LATER=later is not None,
-            GATED=self.call.z is not None,
-            ONLY_EARLIER=earlier is not None,
+            **dict.fromkeys(tensors, self.none) | strides | modes | arguments,
+            **self._token_rows(dy).arguments("dy"),
+            states=self.none if states is None else states,
+            HAS_STATES=states is not None,
+            SHARED_DY=call.merge,
+            EXACT_DOT=call.x.dtype == torch.float32 or not _bfloat16_products(call.x.device),
+            SPLIT=call.x.dtype != torch.bfloat16,
         )
 
     def _run(self, kernel: Any, **arguments: Any) -> None:
-        if self.length:
+        grid = (self.walks * self.blocks, self.chunks)
+        if self.length and grid[0]:
             with torch.accelerator.device_index(self.call.x.device.index):
-                kernel[self.grid](**self.arguments, **arguments)
+                kernel[grid](**self.step_arguments, **self.switches, **arguments)
 
     def _carry(self, ends: Tensor, totals: Tensor, first: Tensor | None, *, reverse: bool) -> None:
-        names = ("sequences", "unaligned", "width", "N", "STATES", "BLOCK", "NVIDIA", "num_warps")
-        shared: dict[str, Any] = {name: self.arguments[name] for name in names}
-        shared |= {"HAS_FIRST": first is not None, "REVERSE": reverse}
-        with torch.accelerator.device_index(self.call.x.device.index):
-            first = self.A if first is None else first
-            kernels.carry_kernel[(self.grid[0],)](ends, totals, self.A, first, self.chunks, **shared)
+        call, channels = self.call, min(128, triton.next_power_of_2(self.call.width))
+        grid = (self.walks * call.states, math.ceil(call.width / channels))
+        switches: dict[str, Any] = {"HAS_FIRST": first is not None, "REVERSE": reverse, "CHANNELS": channels}
+        switches |= {name: self.switches[name] for name in ("PRECISE", "NVIDIA")}
+        first = self.none if first is None else first
+        sizes = (self.chunks, self.walks, call.sequences, call.width, call.states, 0)
+        with torch.accelerator.device_index(call.x.device.index):
+            kernels.carry_kernel[grid](ends, totals, self.A, first, *sizes, **switches, num_warps=1)
 
-    def _inputs(self) -> dict[str, Any]:
+    def _pack(self) -> dict[str, Any]:
+        """What belongs to steps, in their order: rows of parameters and visits, gaps, B and C."""
         call = self.call
-        order = call.order
-        if order is None:
-            order = torch.arange(call.steps, device=call.x.device).expand(call.directions, -1)
-        order = order.to(torch.int32).contiguous()
-        gap = order if call.gap is None else call.gap.to(torch.int32).contiguous()
-        none = self.empty(call.sequences, call.width).zero_()
-        return {
-            **_strided("x", _rows(call.x)),
-            **_strided("dt", _rows(call.dt)),
-            **_strided("B", _rows(self._matrix(call.B))),
-            **_strided("C", _rows(self._matrix(call.C))),
-            "A": self.A,
-            "weight": none if call.dt_weight is None else call.dt_weight.transpose(-1, -2).contiguous(),
-            "bias": none if call.dt_bias is None else call.dt_bias.contiguous(),
-            "D": none if call.D is None else call.D.contiguous(),
-            "order": order,
-            "gap": gap,
-            "order_sample": order.stride(0) if order.ndim == 3 else 0,
-            "gap_sample": gap.stride(0) if gap.ndim == 3 else 0,
-            "tokens": call.tokens,
-            "steps": call.steps,
-        }
+        order = None if call.order is None else call.order.to(torch.int32).contiguous()
+        gap = None if call.gap is None else call.gap.to(torch.int32).contiguous()
+        counts = [self._tables(order), self._tables(gap)]
+        tables = max(counts)
+        matrices = {"B": self._per_token(call.B), "C": self._per_token(call.C)}
+        constants = {name: _states_first(m) if m.ndim == 3 else self.none for name, m in matrices.items()}
+        if matrices["B"].ndim == 3:
+            constants["B"] = constants["B"] * math.log(2)  # steps are in units of it
+        places = self.empty(tables, self.tiles, 2, self.config.steps, dtype=torch.int32)
+        gaps = places if gap is None else self.empty(tables, self.padded)
+        packed = self.empty(self.walks, self.tiles, call.states, 2, self.config.steps)
+        strides = {}
+        for name, matrix in matrices.items():
+            of_matrix = matrix.stride() if matrix.ndim == 4 else (0, 0, 0, 0)
+            axes = ("sample", "token", "direction", "state")
+            strides |= {f"{name}_{axis}": stride for axis, stride in zip(axes, of_matrix, strict=True)}
+        grid = (self.walks, math.ceil(self.padded / _PACKED))
+        if self.length and self.walks:
+            with torch.accelerator.device_index(call.x.device.index):
+                kernels.pack_kernel[grid](
+                    **matrices, order=places if order is None else order, gap=places if gap is None else gap,
+                    places=places, gaps=gaps, matrices=packed,
+                    sequences=call.sequences, steps=call.steps, length=self.length, padded=self.padded,
+                    states=call.states, tables=tables, order_tables=counts[0], gap_tables=counts[1], **strides,
+                    HAS_ORDER=order is not None, HAS_GAP=gap is not None, CHAIN=call.chain,
+                    STEP_PARAMS=call.params == "step", B_PER_TOKEN=matrices["B"].ndim == 4,
+                    C_PER_TOKEN=matrices["C"].ndim == 4, BLOCK=_PACKED, STEPS=self.config.steps,
+                    STATES=triton.next_power_of_2(call.states),
+                )  # fmt: skip
+        return {"places": places, "gaps": gaps, "matrices": packed, "tables": tables, **constants}
 
-    def _matrix(self, matrix: Tensor | None) -> Tensor:
-        """B or C per token as it is; a constant as (k, n, d)."""
+    def _tables(self, table: Tensor | None) -> int:
+        """How many walks have an order or gaps of their own."""
+        if table is None:
+            return 1
+        return self.walks if table.ndim == 3 else self.call.sequences
+
+    def _per_token(self, matrix: Tensor | None) -> Tensor:
+        """B or C as (b, l, k, n), also where it is a constant shared by all channels; else (k, d, n)."""
+        call = self.call
         if matrix is None:
-            return torch.ones_like(self.A)
+            matrix = call.A.new_ones(1, 1).expand(call.sequences, 1)
         if matrix.ndim == 2:
-            return matrix[..., None].expand(self.A.shape).contiguous()
-        return matrix.transpose(-1, -2).contiguous() if matrix.ndim == 3 else matrix
+            return matrix.expand(call.batch, call.tokens, -1, -1)
+        return matrix
 
-    def _switches(self, config: LaunchConfig) -> dict[str, Any]:
-        call = self.call
-        rank = 1 if call.dt_weight is None else call.dt.shape[-1]
+    def _switches(self) -> dict[str, Any]:
+        call, config = self.call, self.config
+        low_rank = call.dt_weight is not None
+        rank = call.dt.shape[-1] if low_rank else 1
+        x = self._token_rows(call.x) if call.x.ndim == 3 else self._visit_rows(call.x)
+        dt = _last_contiguous(call.dt)
         return {
+            **x.arguments("x"),
+            **_Rows(dt, dt.stride(0), dt.stride(1), dt.stride(2)).arguments("dt"),
+            "weight": self.none if call.dt_weight is None else call.dt_weight.contiguous(),
+            "bias": self.none if call.dt_bias is None else call.dt_bias.contiguous(),
+            "A": self.A,
+            "D": self.none if call.D is None else call.D.contiguous(),
+            "samples": call.batch,
             "sequences": call.sequences,
-            "directions": call.directions,
+            "chained": call.directions if call.chain else 1,
             "length": self.length,
-            "chunk": config.chunk,
+            "padded": self.padded,
+            "chunk": self.chunk,
             "width": call.width,
-            "unaligned": 0,
             "N": call.states,
-            "RANK": rank,
-            "LOW_RANK": call.dt_weight is not None,
-            "B_PER_TOKEN": call.B.ndim == 4,
-            "C_PER_TOKEN": call.C is not None and call.C.ndim == 4,
-            "HAS_GAP": call.gap is not None,
+            "rank": rank,
+            "unaligned": 0,
+            "LOW_RANK": low_rank,
+            "RANKS": max(16, triton.next_power_of_2(rank)),
+            "HALF_DOT": call.dt.dtype == torch.float16
+            or (call.dt.dtype == torch.bfloat16 and _bfloat16_products(call.x.device)),
             "SOFTPLUS": call.softplus,
+            "HAS_BIAS": call.dt_bias is not None,
+            "HAS_GAP": call.gap is not None,
             "CHAIN": call.chain,
-            "STEP_PARAMS": call.params == "step",
-            "STATES": triton.next_power_of_2(call.states),
-            "RANKS": triton.next_power_of_2(rank),
-            "BLOCK": config.block,
-            "UNROLL": config.unroll,
+            "SHARED_X": call.x.ndim == 3,
+            "B_PER_TOKEN": call.B.ndim != 3,
+            "C_PER_TOKEN": call.C is None or call.C.ndim != 3,
+            "HAS_SKIP": call.D is not None,
+            "ONE_STATE": call.states == 1,
+            "STEPS": config.steps,
+            "LOG_STEPS": config.steps.bit_length() - 1,
+            "CHANNELS": config.channels,
+            "FULL": call.width % config.channels == 0,
+            "MASKED": call.return_last_state and self.length % config.steps != 0,
             "PRECISE": call.x.dtype == torch.float32,
             "NVIDIA": call.x.is_cuda and torch.version.hip is None,
-            "INDEX": _index_type(call),
+            "INDEX": self._index_type(),
             "num_warps": 1,
-            "num_stages": 1,  # the state is carried from step to step: nothing may run ahead of it
-        }
+            "num_stages": 1,  # the state is carried from tile to tile: nothing may run ahead of it
+        } | ({"maxnreg": config.registers} if torch.version.hip is None else {})
+
+    def _index_type(self) -> Any:
+        """Type of offsets inside one sample; those of samples are always 64 bits wide."""
+        call = self.call
+        distance = max(call.dt.stride(1), call.x.stride(1), call.directions * call.width)
+        largest = call.tokens * distance
+        return tl.int32 if largest < 2**31 else tl.int64
+
+    def _token_rows(self, tensor: Tensor) -> _Rows:
+        """A tensor (b, l, d) that all directions share, or one with directions."""
+        if tensor.ndim == 4:
+            return self._visit_rows(tensor)
+        tensor = _last_contiguous(tensor)
+        return _Rows(tensor, tensor.stride(0), tensor.stride(1), 0)
+
+    def _visit_rows(self, tensor: Tensor) -> _Rows:
+        """A tensor (b, l, k, d), whose rows a chained scan counts as visits; or (b, l, d)."""
+        if tensor.ndim == 3:
+            return self._token_rows(tensor)
+        if self.call.chain:
+            tensor = tensor.contiguous()
+            return _Rows(tensor, tensor.stride(0), tensor.shape[-1], 0)
+        tensor = _last_contiguous(tensor)
+        return _Rows(tensor, tensor.stride(0), tensor.stride(1), tensor.stride(2))
+
+    def _gathered(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Gradients in the shapes of the inputs, from sums over visits, chunks, samples and blocks of channels."""
+        call = self.call
+
+        def over_walks(partial: Tensor) -> Tensor:  # (chunks, b·k, ...) -> (k, ...)
+            return partial.unflatten(1, (call.batch, call.sequences)).sum((0, 1))
+
+        grads = {"A": over_walks(found["dA"]).transpose(-1, -2)}
+        if call.D is not None:
+            grads["D"] = over_walks(found["dD"])
+        if call.dt_bias is not None:
+            grads["dt_bias"] = over_walks(found["dbias"])
+        if call.dt_weight is not None:
+            grads["dt_weight"] = over_walks(found["dweight"])
+            ddt = found["ddt"]
+            grads["dt"] = self._unpacked(ddt.unflatten(2, (self.tiles, -1)), call.dt.dtype)
+        else:
+            grads["dt"] = self._over_visits(found["ddt"])
+        for plane, (name, matrix) in enumerate((("B", call.B), ("C", call.C))):
+            if matrix is None:
+                continue
+            partial = found["dmatrices"][..., plane, :]
+            if matrix.ndim == 4:
+                grads[name] = self._unpacked(partial.transpose(-1, -2), matrix.dtype)
+            elif matrix.ndim == 3:
+                grads[name] = over_walks(found[f"d{name}"]).transpose(-1, -2)
+            else:
+                grads[name] = over_walks(partial.sum((2, 4)))
+        return grads
+
+    def _unpacked(self, partial: Tensor, dtype: torch.dtype) -> Tensor:
+        """Partial gradients (blocks, b·k, tiles, steps, columns), summed and as (b, l, k, columns)."""
+        call, columns = self.call, partial.shape[-1]
+        out = self.visits(columns, dtype)
+        to = self._visit_rows(out)
+        grid = (self.walks, math.ceil(self.length / _PACKED))
+        if grid[0] and grid[1]:
+            with torch.accelerator.device_index(call.x.device.index):
+                kernels.unpack_kernel[grid](
+                    partial, self.step_arguments["places"], out, self.blocks, call.sequences, self.length,
+                    self.padded, columns, self.step_arguments["tables"], *partial.stride(),
+                    to.sample, to.token, to.direction,
+                    CHAIN=call.chain, BLOCK=_PACKED, STEPS=self.config.steps, COLUMNS=triton.next_power_of_2(columns),
+                )  # fmt: skip
+        return self._over_visits(out)
+
+    def _over_visits(self, visits: Tensor) -> Tensor:
+        """Gradients per visit (b, l, k, c), of the parameter rows that all visits of a chained scan share."""
+        return visits.sum(2, keepdim=True) if self.call.chain and self.call.directions > 1 else visits
 
 
-def _merged(call: ScanCall, parts: Tensor) -> Tensor:
-    """The result from what every direction gave, (b, l, k, d)."""
-    directions = call.directions if call.merge else 1
-    if call.z is None and directions == 1:
-        return parts.view(call.result_shape)
-    out = torch.empty(call.result_shape, dtype=call.result_dtype, device=parts.device)
-    rows, block = out.numel() // call.width, min(256, triton.next_power_of_2(call.width))
-    z = out if call.z is None else call.z.contiguous()
-    sizes: dict[str, Any] = {"GATED": call.z is not None, "ROWS": 16, "BLOCK": block}
-    with torch.accelerator.device_index(parts.device.index):
-        grid = (triton.cdiv(rows, 16), triton.cdiv(call.width, block))
-        kernels.merge_kernel[grid](parts, z, out, rows, directions, call.width, **sizes)
+def _merged(parts: Tensor, z: Tensor | None) -> Tensor:
+    """The sum of (b, l, k, d) over directions, times silu(z) if there is a gate."""
+    batch, tokens, directions, width = parts.shape
+    out = torch.empty((batch, tokens, width), dtype=parts.dtype, device=parts.device)
+    gate = out if z is None else _rows_of_one_stride(z)
+    grid, sizes = _elementwise(batch * tokens, width)
+    if out.numel():
+        with torch.accelerator.device_index(parts.device.index):
+            kernels.merge_kernel[grid](
+                parts, gate, out, batch * tokens, directions, width, gate.stride(-2), GATED=z is not None, **sizes
+            )
     return out
 
 
-def _gathered(call: ScanCall, found: dict[str, Tensor], blocks: int) -> dict[str, Tensor]:
-    """Gradients in the shapes of the inputs, from sums over visits, chunks, samples and blocks of channels."""
-
-    def over_walks(partial: Tensor) -> Tensor:  # (chunks, b·k, ...) -> (k, ...)
-        return partial.unflatten(1, (call.batch, call.sequences)).sum((0, 1))
-
-    def parameter_rows(visits: Tensor) -> Tensor:  # (b, l, k, c) -> (b, l, parameter sets, c)
-        return visits.sum(2, keepdim=True) if call.chain and call.directions > 1 else visits
-
-    grads = {
-        "x": found["dx"] if call.x.ndim == 4 else found["dx"].sum(2),
-        "dt": parameter_rows(found["draw"]),
-        "A": over_walks(found["dA"]).transpose(-1, -2),
-        "D": over_walks(found["dD"]),
-        "dt_bias": over_walks(found["dbias"]),
-    }
-    for name, matrix in (("B", call.B), ("C", call.C)):
-        if matrix is not None:
-            grads[name] = _matrix_gradient(matrix, found[f"d{name}"], over_walks, parameter_rows, blocks)
-    if call.dt_weight is not None:
-        grads["dt"] = torch.einsum("blkd,kdr->blkr", grads["dt"], call.dt_weight.to(grads["dt"].dtype))
-        grads["dt_weight"] = over_walks(found["dweight"]).transpose(-1, -2)
-    if call.z is not None:
-        grads["z"] = found["dz"].sum(2) if call.merge else found["dz"]
-    return grads
+def _gate_gradients(call: ScanCall, dy: Tensor, result: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of the result before its gate, and of the gate."""
+    assert call.z is not None, "without a gate there is nothing to do"
+    dy, z = _rows_of_one_stride(dy), _rows_of_one_stride(call.z)
+    dresult = torch.empty(result.shape, dtype=torch.float32, device=z.device)
+    dz = torch.empty(z.shape, dtype=z.dtype, device=z.device)
+    rows = result.numel() // max(1, call.width)
+    grid, sizes = _elementwise(rows, call.width)
+    if rows:
+        with torch.accelerator.device_index(dy.device.index):
+            kernels.gate_adjoint_kernel[grid](
+                dy, z, result, dz, dresult, rows, call.width, dy.stride(-2), z.stride(-2), **sizes
+            )
+    return dresult, dz
 
 
-def _matrix_gradient(
-    matrix: Tensor,
-    found: Tensor,
-    over_walks: Callable[[Tensor], Tensor],
-    parameter_rows: Callable[[Tensor], Tensor],
-    blocks: int,
-) -> Tensor:
-    if matrix.ndim == 4:
-        return parameter_rows(found.unflatten(0, (blocks, -1)).sum(0))
-    per_channel = over_walks(found).transpose(-1, -2)  # (k, d, n)
-    return per_channel if matrix.ndim == 3 else per_channel.sum(1)
+def _elementwise(rows: int, width: int) -> tuple[tuple[int, int], dict[str, int]]:
+    """Grid and tile of a kernel over (rows, width)."""
+    block = min(256, triton.next_power_of_2(width))
+    return (triton.cdiv(rows, 16), triton.cdiv(width, block)), {"ROWS": 16, "BLOCK": block}
 
 
-def _index_type(call: ScanCall) -> Any:
-    """Type of offsets inside one sample; those of samples are always 64 bits wide."""
-    largest = max(math.prod(tensor.shape[1:]) for tensor in (call.x, call.dt)) * call.directions
-    return tl.int32 if 2 * largest < 2**31 else tl.int64
+def _rows_of_one_stride(tensor: Tensor) -> Tensor:
+    """The tensor, a copy if its rows of contiguous channels do not all have one distance."""
+    stride = tensor.stride(-2)
+    for axis in range(tensor.ndim - 2, -1, -1):
+        if tensor.shape[axis] > 1 and tensor.stride(axis) != stride:
+            return tensor.contiguous()
+        stride *= tensor.shape[axis]
+    return _last_contiguous(tensor)
 
 
-def _rows(tensor: Tensor) -> Tensor:
+def _bfloat16_products(device: torch.device) -> bool:
+    """Whether matrix products in bfloat16 run on ``device``; Triton's interpreter has none."""
+    return device.type == "cuda" and (torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] >= 8)
+
+
+def _last_contiguous(tensor: Tensor) -> Tensor:
     """The tensor with contiguous rows of channels."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _strided(name: str, tensor: Tensor) -> dict[str, Any]:
-    """A tensor (b, l, d) or (b, l, k, d) with its strides, as arguments; those of a constant are not used."""
-    return {
-        name: tensor,
-        f"{name}_sample": tensor.stride(0),
-        f"{name}_token": tensor.stride(1),
-        f"{name}_direction": tensor.stride(2) if tensor.ndim == 4 else 0,
-    }
+def _states_first(tensor: Tensor) -> Tensor:
+    """(..., d, n) -> (..., n, d)."""
+    return tensor.transpose(-1, -2).float().contiguous()

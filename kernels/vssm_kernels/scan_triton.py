@@ -1,405 +1,447 @@
 """The scan as Triton kernels. ``launch.py`` allocates, chooses sizes and launches them.
 
-A program owns one sequence of one sample (a walk), a block of channels and a chunk of steps. It takes the steps one
-after the other with the state, (n, block), in registers, and reads the row of channels of whatever token the order
-names, so rows are contiguous in every direction. Loads of ``UNROLL`` steps are issued before their arithmetic.
+A program owns a block of channels of a walk, one sequence of one sample, and takes its steps tile by tile on one warp:
+it reads the row of channels of whatever token the order names, carries the state through the tile in registers, and
+does everything else elementwise or as small matrix products (``tiles_triton.py``). States are taken one after the
+other, so the body is that of a single state whatever their number; the states of a walk wait in memory meanwhile.
 
-Names: h is the state, g its gradient, a raw step is a step before softplus; the rest as in kernels/README.md, where the
-derivation is. Everything per channel is stored with channels last: A (k, n, d), weight (k, r, d), states (..., n, d).
+Names: h is the state, g its gradient, q = a·g what g hands to the step before; the rest is as in kernels/README.md,
+where the derivation is. Everything per channel is stored channels last: A (k, n, d), states (..., n, d). What belongs
+to steps comes in their order, as ``pack_kernel`` leaves it: pairs of rows of parameters and visits, (tables, tiles, 2,
+STEPS), and pairs of B and C, (b·k, tiles, n, 2, STEPS), which a tile loads a register a lane.
 
-Lanes of a warp are channels, so that sums over states and ranks stay inside a thread. ``unaligned`` is 0, but the
-compiler must not know: it would load four channels of a state at once, spread the states over lanes instead, and sum
-with shuffles.
+``unaligned`` is 0, but the compiler must not know: it would give a thread several neighbouring channels and spread
+steps over lanes.
 """
 
 import triton
 import triton.language as tl
+
+from vssm_kernels import tiles_triton as tiles
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _exp2(x, NVIDIA: tl.constexpr):
-    """2^x. The bare NVIDIA instruction takes denormals for 0, as a decay may."""
-    if NVIDIA:
-        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
-    return tl.exp2(x)
-
-
-@triton.jit
-def _decay(x, PRECISE: tl.constexpr, NVIDIA: tl.constexpr):
-    """2^x of a decay. The instruction errs to one side near 1, which thousands of steps add up."""
-    decay = _exp2(x, NVIDIA)
-    if PRECISE:
-        t = x * LN_2
-        series = 1.0 + t * (1.0 + t * (0.5 + t * (0.1666666667 + t * 0.0416666667)))
-        decay = tl.where(t > -0.03, series, decay)
-    return decay
-
-
-@triton.jit
-def _log2(x, NVIDIA: tl.constexpr):
-    if NVIDIA:
-        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
-    return tl.log2(x)
-
-
-@triton.jit
-def _softplus(x, PRECISE: tl.constexpr, NVIDIA: tl.constexpr):
-    """max(x, 0) + log(1 + exp(−|x|)). A logarithm near 1 loses small steps, so ``PRECISE`` has a series for them."""
-    t = _exp2(-tl.abs(x) * LOG2_E, NVIDIA)
-    tail = LN_2 * _log2(1.0 + t, NVIDIA)
-    if PRECISE:
-        series = t * (1.0 + t * (-0.5 + t * (0.3333333333 + t * (-0.25 + t * (0.2 - t * 0.1666666667)))))
-        tail = tl.where(t < 0.08, series, tail)
-    return tl.maximum(x, 0.0) + tail
-
-
-@triton.jit
-def _sigmoid(x):
-    return 1.0 / (1.0 + tl.exp2(-x * LOG2_E))
-
-
-@triton.jit
-def _visits(
-    order, first, end, sequence, steps,
-    CHAIN: tl.constexpr, STEP_PARAMS: tl.constexpr, UNROLL: tl.constexpr, INDEX: tl.constexpr,
+def pack_kernel(
+    B, C, order, gap, places, gaps, matrices,
+    sequences, steps, length, padded, states, tables,
+    B_sample, B_token, B_direction, B_state, C_sample, C_token, C_direction, C_state, order_tables, gap_tables,
+    HAS_ORDER: tl.constexpr, HAS_GAP: tl.constexpr, CHAIN: tl.constexpr, STEP_PARAMS: tl.constexpr,
+    B_PER_TOKEN: tl.constexpr, C_PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
+    STATES: tl.constexpr,
 ):  # fmt: skip
-    """Of each step of a group: the visited token, the row of its parameters, its direction, whether there is one."""
-    tokens, parameters, directions, exist = (), (), (), ()
-    for u in tl.static_range(UNROLL):
-        s = first + u
-        direction = s // steps if CHAIN else sequence
-        token = tl.load(order + (s if CHAIN else sequence * steps + s), mask=s < end, other=0).to(INDEX)
-        position = s - direction * steps if CHAIN else s
-        tokens = tokens + (token,)
-        parameters = parameters + (position + tl.zeros((), INDEX) if STEP_PARAMS else token,)
-        directions = directions + (direction,)
-        exist = exist + (s < end,)
-    return tokens, parameters, directions, exist
+    """Brings what belongs to steps into the order of the steps.
 
-
-@triton.jit
-def _load_rows(base, rows, directions, row_stride, direction_stride, columns, inside, exist, UNROLL: tl.constexpr):
-    """A row of ``columns`` for each step, in float32; 0 where there is no such step or column."""
-    loaded = ()
-    for u in tl.static_range(UNROLL):
-        pointer = base + rows[u] * row_stride + directions[u] * direction_stride
-        loaded = loaded + (tl.load(pointer + columns, mask=inside & exist[u], other=0.0).to(tl.float32),)
-    return loaded
-
-
-@triton.jit
-def _load_gaps(gap, first, sequence, steps, exist, CHAIN: tl.constexpr, HAS_GAP: tl.constexpr, UNROLL: tl.constexpr):
-    gaps = ()
-    for u in tl.static_range(UNROLL):
-        value = 0.0
+    Writes per walk the pairs of B·log 2 and C, 0 beyond ``length``; and tables, one per sequence or, where orders
+    differ, one per walk: the pairs of rows and visits, and gaps. Chained sequences count rows and visits as
+    token·k + direction.
+    """
+    walk = tl.program_id(0).to(tl.int64)
+    sample, sequence = walk // sequences, walk % sequences
+    s = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    exists, stored = s < length, s < padded
+    position = s % steps if CHAIN else s
+    token = position
+    if HAS_ORDER:
+        token = tl.load(order + walk % order_tables * length + s, mask=exists, other=0).to(tl.int32)
+    row = tl.where(exists, position if STEP_PARAMS else token, 0)
+    if walk < tables:
+        visit, of_row = token, row
+        if CHAIN:
+            chained = length // steps
+            visit, of_row = token * chained + s // steps, row * chained + s // steps
+        at = places + 2 * (walk * padded + s - s % STEPS) + s % STEPS
+        tl.store(at, tl.where(exists, of_row, 0), mask=stored)
+        tl.store(at + STEPS, tl.where(exists, visit, 0), mask=stored)
         if HAS_GAP:
-            s = first + u
-            value = tl.load(gap + (s if CHAIN else sequence * steps + s), mask=exist[u], other=0).to(tl.float32)
-        gaps = gaps + (value,)
-    return gaps
-
-
-@triton.jit
-def _load_channels(base, sequence, rows, lanes, width, inside, ROWS: tl.constexpr):
-    """(rows, block) of a tensor (k, ROWS, d), in float32."""
-    at = base + sequence * width * ROWS + rows[:, None] * width + lanes[None, :]
-    return tl.load(at, mask=(rows < ROWS)[:, None] & inside[None, :], other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _raw_step(dt_row, weight, bias, LOW_RANK: tl.constexpr):
-    """(block,), of a row of dt: (rank,) or (block,)."""
-    return (tl.sum(weight * dt_row[:, None], 0) if LOW_RANK else dt_row) + bias
-
-
-@triton.jit
-def _activated(raw, exists, SOFTPLUS: tl.constexpr, PRECISE: tl.constexpr, NVIDIA: tl.constexpr):
-    """Step size; 0 where there is no step, which leaves the state as it is."""
-    return tl.where(exists, _softplus(raw, PRECISE, NVIDIA) if SOFTPLUS else raw, 0.0)
+            value = tl.load(gap + walk % gap_tables * length + s, mask=exists, other=0)
+            tl.store(gaps + walk * padded + s, value.to(tl.float32), mask=stored)
+    n = tl.arange(0, STATES)[None, :]
+    inside = (n < states) & stored[:, None]
+    loaded = (n < states) & exists[:, None]
+    row = row.to(tl.int64)[:, None]
+    at = matrices + 2 * states * (walk * padded + s - s % STEPS)[:, None] + 2 * n * STEPS + (s % STEPS)[:, None]
+    if B_PER_TOKEN:
+        from_B = B + sample * B_sample + sequence * B_direction + row * B_token + n * B_state
+        tl.store(at, tl.load(from_B, mask=loaded, other=0.0).to(tl.float32) * LN_2, mask=inside)
+    if C_PER_TOKEN:
+        from_C = C + sample * C_sample + sequence * C_direction + row * C_token + n * C_state
+        tl.store(at + STEPS, tl.load(from_C, mask=loaded, other=0.0).to(tl.float32), mask=inside)
 
 
 @triton.jit(do_not_specialize=["unaligned"])
 def scan_forward_kernel(
-    x, dt, weight, bias, A, B, C, D, order, gap, start, y, saved, ends, totals,
-    sequences, tokens, steps, length, chunk, unaligned,
-    x_sample, dt_sample, B_sample, C_sample, order_sample, gap_sample,
-    x_token: tl.constexpr, x_direction: tl.constexpr, dt_token: tl.constexpr, dt_direction: tl.constexpr,
-    B_token: tl.constexpr, B_direction: tl.constexpr, C_token: tl.constexpr, C_direction: tl.constexpr,
-    directions: tl.constexpr, width: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr,
-    LOW_RANK: tl.constexpr, B_PER_TOKEN: tl.constexpr, C_PER_TOKEN: tl.constexpr, HAS_GAP: tl.constexpr,
-    SOFTPLUS: tl.constexpr, CHAIN: tl.constexpr, STEP_PARAMS: tl.constexpr, HAS_START: tl.constexpr,
-    WRITE_Y: tl.constexpr, WRITE_SAVED: tl.constexpr, WRITE_ENDS: tl.constexpr,
-    STATES: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
-    PRECISE: tl.constexpr, NVIDIA: tl.constexpr, INDEX: tl.constexpr,
+    x, dt, weight, bias, A, B, C, D, z, places, gaps, matrices, start, y, states, totals,
+    samples, sequences, chained, length, padded, chunk, width, N, rank, tables, unaligned,
+    x_sample, x_token, x_direction, dt_sample, dt_token, dt_direction,
+    z_sample, z_token, z_direction, y_sample, y_token, y_direction,
+    LOW_RANK: tl.constexpr, RANKS: tl.constexpr, HALF_DOT: tl.constexpr, SOFTPLUS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_GAP: tl.constexpr, HAS_SKIP: tl.constexpr, CHAIN: tl.constexpr,
+    SHARED_X: tl.constexpr, B_PER_TOKEN: tl.constexpr, C_PER_TOKEN: tl.constexpr, ONE_STATE: tl.constexpr,
+    GATED: tl.constexpr, HAS_START: tl.constexpr, WRITE_Y: tl.constexpr, WRITE_STATES: tl.constexpr,
+    WRITE_TOTALS: tl.constexpr, STEPS: tl.constexpr, LOG_STEPS: tl.constexpr, CHANNELS: tl.constexpr,
+    FULL: tl.constexpr, MASKED: tl.constexpr, PRECISE: tl.constexpr, NVIDIA: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """Takes the steps of a chunk.
 
-    Writes, as asked: y at its visits, (b, l, k, d); the state before every group of ``UNROLL`` steps, (groups, b·k,
-    n, d); the state after the chunk and the sum of its decay steps, (chunks, b·k, ...).
+    Writes y at its visits. ``WRITE_STATES``: the state before every tile, (tiles + chunks, b·k, n, d), with one more
+    after each chunk; else the state after every chunk, (chunks, b·k, n, d). ``WRITE_TOTALS``: the sum of the decay
+    steps of the chunk, (chunks, b·k, d).
     """
-    blocks: tl.constexpr = (width + BLOCK - 1) // BLOCK
-    walk = (tl.program_id(0) // blocks).to(tl.int64)
-    walks = tl.num_programs(0) // blocks
-    chunk_index = tl.program_id(1)
-    sample, sequence = walk // sequences, (walk % sequences).to(tl.int32)
-    channels = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    blocks = tl.cdiv(width, CHANNELS)
+    walk, chunk_index = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(1)
+    sample, sequence = walk // sequences, walk % sequences
+    walks = (samples + tl.zeros((), tl.int64)) * sequences
+    channels = tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS)
     lanes, inside = channels + unaligned, channels < width
-    states, ranks = tl.arange(0, STATES), tl.arange(0, RANKS)
-    dt_columns = ranks if LOW_RANK else channels
-    dt_inside = ranks < RANK if LOW_RANK else inside
-    state_at = walk * width * N + states[:, None] * width + lanes[None, :]
-    state_inside = (states < N)[:, None] & inside[None, :]
+    ranks, offsets = tl.arange(0, RANKS), tl.arange(0, STEPS)
+    begin = chunk_index * chunk
+    end = tl.minimum(begin + chunk, length)
+    last = begin + (end - begin - 1) // STEPS * STEPS
 
-    rates = _load_channels(A, sequence, states, lanes, width, inside, N) * LOG2_E
-    matrix = _load_channels(weight, sequence, ranks, lanes, width, inside, RANK)
-    offsets = tl.load(bias + sequence * width + channels, mask=inside, other=0.0).to(tl.float32)
-    skip = tl.load(D + sequence * width + channels, mask=inside, other=0.0).to(tl.float32)
-    idle = _softplus(offsets, PRECISE, NVIDIA) if SOFTPLUS else offsets
-    if not B_PER_TOKEN:
-        B_all = _load_channels(B, sequence, states, lanes, width, inside, N)
-    if not C_PER_TOKEN:
-        C_all = _load_channels(C, sequence, states, lanes, width, inside, N)
-    x += sample * x_sample
+    x += sample * x_sample + (0 if CHAIN else sequence * x_direction)
+    y += sample * y_sample + (0 if CHAIN else sequence * y_direction)
+    z += sample * z_sample + (0 if CHAIN else sequence * z_direction)
     dt += sample * dt_sample + sequence * dt_direction
-    B += sample * B_sample + sequence * B_direction
-    C += sample * C_sample + sequence * C_direction
-    order, gap = order + sample * order_sample, gap + sample * gap_sample
-    y += sample * tokens * directions * width
+    A, B, C = A + sequence * width * N, B + sequence * width * N, C + sequence * width * N
+    places += walk % tables * 2 * padded
+    gaps += walk % tables * padded
+    matrices += walk * 2 * N * padded
+    matrix = tl.load(
+        weight + sequence * rank * width + ranks[:, None] + lanes[None, :] * rank,
+        mask=(ranks < rank)[:, None] & inside[None, :], other=0.0,
+    ).to(tl.float32) * LOG2_E  # fmt: skip
+    offset = tl.zeros((1, CHANNELS), tl.float32)
+    if HAS_BIAS:
+        offset = tiles.load_row(bias + sequence * width, lanes, inside, FULL) * LOG2_E
+    idle = tiles.softplus(offset, PRECISE, NVIDIA) if SOFTPLUS else offset
+    if HAS_SKIP:
+        skip = tiles.load_row(D + sequence * width, lanes, inside, FULL)
 
-    h = tl.zeros((STATES, BLOCK), tl.float32)
-    if HAS_START:
-        h = tl.load(start + chunk_index * walks * width * N + state_at, mask=state_inside, other=0.0)
-    total = tl.zeros((BLOCK,), tl.float32)
-    end = tl.minimum((chunk_index + 1) * chunk, length)
-    for first in range(chunk_index * chunk, end, UNROLL):
-        if WRITE_SAVED:
-            group = first // UNROLL + tl.zeros((), tl.int64)
-            tl.store(saved + group * walks * width * N + state_at, h, mask=state_inside)
-        visited, parameters, rows, exist = _visits(
-            order, first, end, sequence, steps, CHAIN, STEP_PARAMS, UNROLL, INDEX
+    entry = walks * N * width  # of one state of every walk
+    kept = states + chunk_index * entry + walk * N * width
+    if WRITE_STATES:
+        kept += begin // STEPS * entry
+    h = tl.zeros((1, CHANNELS), tl.float32)
+    total = h
+    for n in range(N):
+        if HAS_START:
+            h = tiles.load_row(start + chunk_index * entry + (walk * N + n) * width, lanes, inside, FULL)
+        if not ONE_STATE:
+            tl.store(kept + n * width + lanes[None, :], h, mask=inside[None, :])
+    if ONE_STATE:
+        A_n = tiles.load_row(A, lanes, inside, FULL)
+        next_BC = tiles.load_pair(matrices + 2 * begin, STEPS)
+
+    # Loads are issued a tile ahead of their use, those of places two; those of a state two states ahead.
+    place = tiles.load_pair(places + 2 * begin, STEPS)
+    next_place = tiles.load_pair(places + 2 * tl.minimum(begin + STEPS, last), STEPS)
+    row, visit = tiles.unpair(place, STEPS)
+    row, visit = row // chained if CHAIN else row, visit // chained if CHAIN and SHARED_X else visit
+    next_dts = tiles.load_dt(dt, row.to(INDEX), dt_token, ranks, rank, lanes, inside, LOW_RANK)
+    next_xs = tiles.load_tokens(x, visit.to(INDEX), x_token, lanes, inside, FULL)
+    for first in range(begin, end, STEPS):
+        steps = first + offsets
+        following = tl.minimum(first + STEPS, last)
+        dts, xs = next_dts, next_xs.to(tl.float32)
+        row, visit = tiles.unpair(next_place, STEPS)
+        row, visit = row // chained if CHAIN else row, visit // chained if CHAIN and SHARED_X else visit
+        next_dts = tiles.load_dt(dt, row.to(INDEX), dt_token, ranks, rank, lanes, inside, LOW_RANK)
+        next_xs = tiles.load_tokens(x, visit.to(INDEX), x_token, lanes, inside, FULL)
+        here, place = place, next_place
+        next_place = tiles.load_pair(places + 2 * tl.minimum(first + 2 * STEPS, last), STEPS)
+        if ONE_STATE:
+            BC_n = next_BC
+            next_BC = tiles.load_pair(matrices + 2 * following, STEPS)
+        else:
+            of_tile = matrices + 2 * N * first
+            A_n, h, BC_n = tiles.load_state(A, kept, of_tile, 0, width, lanes, inside, STEPS, FULL)
+            A_next, h_next, BC_next = tiles.load_state(A, kept, of_tile, 1, width, lanes, inside, STEPS, FULL)
+        gap = tl.load(gaps + steps) if HAS_GAP else 0.0
+        raw = tiles.raw_steps(dts, matrix, offset, LOW_RANK, HALF_DOT, STEPS, CHANNELS)
+        step, decay_step = tiles.steps_of_tile(
+            raw, gap, idle, steps < end, SOFTPLUS, HAS_GAP, MASKED, PRECISE, NVIDIA, STEPS, LOG_STEPS, CHANNELS
         )
-        gaps = _load_gaps(gap, first, sequence, steps, exist, CHAIN, HAS_GAP, UNROLL)
-        xs = _load_rows(x, visited, rows, x_token, x_direction, channels, inside, exist, UNROLL)
-        dts = _load_rows(dt, parameters, rows, dt_token, 0, dt_columns, dt_inside, exist, UNROLL)
-        if B_PER_TOKEN:
-            Bs = _load_rows(B, parameters, rows, B_token, 0, states, states < N, exist, UNROLL)
-        if WRITE_Y and C_PER_TOKEN:
-            Cs = _load_rows(C, parameters, rows, C_token, 0, states, states < N, exist, UNROLL)
-        for u in tl.static_range(UNROLL):
-            step = _activated(_raw_step(dts[u], matrix, offsets, LOW_RANK), exist[u], SOFTPLUS, PRECISE, NVIDIA)
-            decay_step = step + gaps[u] * idle if HAS_GAP else step
-            total += decay_step
-            B_u = Bs[u][:, None] if B_PER_TOKEN else B_all
-            h = _decay(rates * decay_step[None, :], PRECISE, NVIDIA) * h + B_u * (step * xs[u])[None, :]
+        if WRITE_TOTALS:
+            total += tl.sum(decay_step, 0, keep_dims=True)
+        source = step * xs
+        out = skip * xs if HAS_SKIP else tl.zeros_like(xs)
+        if ONE_STATE and WRITE_STATES:
+            tl.store(kept + lanes[None, :], h, mask=inside[None, :])
+            kept += entry
+        for n in range(1 if ONE_STATE else N):
+            decay = tiles.decay(decay_step * A_n, PRECISE, NVIDIA)
+            B_n, C_n = tiles.unpair(BC_n, STEPS)
+            added = source * tiles.along(B_n, B, n, width, lanes, inside, B_PER_TOKEN, FULL)
+            _, after, h_end = tiles.states_of_tile(decay, added, h, STEPS, LOG_STEPS, CHANNELS)
+            if ONE_STATE:
+                h = h_end
+            else:
+                A_n, h, BC_n = A_next, h_next, BC_next
+                A_next, h_next, BC_next = tiles.load_state(
+                    A, kept, of_tile, tl.minimum(n + 2, N - 1), width, lanes, inside, STEPS, FULL
+                )
+                at = kept + n * width + lanes[None, :]
+                tl.store(at + entry if WRITE_STATES else at, h_end, mask=inside[None, :])
             if WRITE_Y:
-                C_u = Cs[u][:, None] if C_PER_TOKEN else C_all
-                result = tl.sum(C_u * h, 0) + skip * xs[u]
-                at = (visited[u] * directions + rows[u]) * width + channels
-                tl.store(y + at, result.to(y.dtype.element_ty), mask=inside & exist[u])
-    if WRITE_ENDS:
-        tl.store(ends + chunk_index * walks * width * N + state_at, h, mask=state_inside)
-        tl.store(totals + (chunk_index * walks + walk) * width + channels, total, mask=inside)
+                out += after * tiles.along(C_n, C, n, width, lanes, inside, C_PER_TOKEN, FULL)
+        if not ONE_STATE and WRITE_STATES:
+            kept += entry
+        if WRITE_Y:
+            _, visited = tiles.unpair(here, STEPS)
+            visited = visited.to(INDEX)
+            if GATED:
+                gate = tiles.load_tokens(z, visited, z_token, lanes, inside, FULL).to(tl.float32)
+                out *= gate * tiles.sigmoid(gate)
+            stored = (steps < end)[:, None] if FULL else (steps < end)[:, None] & inside[None, :]
+            tl.store(y + visited[:, None] * y_token + lanes[None, :], out.to(y.dtype.element_ty), mask=stored)
+    if ONE_STATE:
+        tl.store(kept + lanes[None, :], h, mask=inside[None, :])
+    if WRITE_TOTALS:
+        tl.store(totals + (chunk_index * walks + walk) * width + lanes[None, :], total, mask=inside[None, :])
 
 
 @triton.jit(do_not_specialize=["unaligned"])
 def carry_kernel(
-    ends, totals, A, first, chunks, sequences, unaligned,
-    width: tl.constexpr, N: tl.constexpr, HAS_FIRST: tl.constexpr, REVERSE: tl.constexpr,
-    STATES: tl.constexpr, BLOCK: tl.constexpr, NVIDIA: tl.constexpr,
+    ends, totals, A, first, chunks, walks, sequences, width, N, unaligned,
+    HAS_FIRST: tl.constexpr, REVERSE: tl.constexpr, CHANNELS: tl.constexpr, PRECISE: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """Turns what every chunk adds to its own end into what it starts from, in place, (chunks, b·k, n, d).
 
-    A chunk multiplies what it starts from by exp(A·total). ``REVERSE``: gradients, carried from the last chunk on.
+    A chunk multiplies what it starts from by 2^(A·total). ``REVERSE``: gradients, carried from the last chunk on.
     """
-    blocks: tl.constexpr = (width + BLOCK - 1) // BLOCK
-    walk = (tl.program_id(0) // blocks).to(tl.int64)
-    walks = tl.num_programs(0) // blocks
-    channels = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    lanes, inside, states = channels + unaligned, channels < width, tl.arange(0, STATES)
-    state_at = walk * width * N + states[:, None] * width + lanes[None, :]
-    state_inside = (states < N)[:, None] & inside[None, :]
-    rates = _load_channels(A, walk % sequences, states, lanes, width, inside, N) * LOG2_E
-    h = tl.zeros((STATES, BLOCK), tl.float32)
+    walk = (tl.program_id(0) // N).to(tl.int64)
+    n = tl.program_id(0) % N
+    channels = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS) + unaligned
+    inside = channels < width
+    rate = tl.load(A + (walk % sequences * N + n) * width + channels, mask=inside, other=0.0)
+    carried = (walk * N + n) * width + channels
+    h = tl.zeros((CHANNELS,), tl.float32)
     if HAS_FIRST:
-        h = tl.load(first + state_at, mask=state_inside, other=0.0)
+        h = tl.load(first + carried, mask=inside, other=0.0)
     for i in range(chunks):
         chunk_index = (chunks - 1 - i if REVERSE else i) + tl.zeros((), tl.int64)
-        at = ends + chunk_index * walks * width * N + state_at
-        added = tl.load(at, mask=state_inside, other=0.0)
+        at = ends + chunk_index * walks * N * width + carried
+        added = tl.load(at, mask=inside, other=0.0)
         total = tl.load(totals + (chunk_index * walks + walk) * width + channels, mask=inside, other=0.0)
-        tl.store(at, h, mask=state_inside)
-        h = _exp2(rates * total[None, :], NVIDIA) * h + added
+        tl.store(at, h, mask=inside)
+        h = tiles.decay(rate * total, PRECISE, NVIDIA) * h + added
 
 
 @triton.jit(do_not_specialize=["unaligned"])
 def scan_adjoint_kernel(
-    x, dt, weight, bias, A, B, C, D, z, order, gap, saved, dy, later,
-    dx, draw, dz, dB, dC, dA, dD, dbias, dweight, earlier,
-    sequences, tokens, steps, length, chunk, batch, unaligned,
-    x_sample, dt_sample, B_sample, C_sample, order_sample, gap_sample, dy_sample, z_sample,
-    x_token: tl.constexpr, x_direction: tl.constexpr, dt_token: tl.constexpr, dt_direction: tl.constexpr,
-    B_token: tl.constexpr, B_direction: tl.constexpr, C_token: tl.constexpr, C_direction: tl.constexpr,
-    dy_token: tl.constexpr, dy_direction: tl.constexpr, z_token: tl.constexpr, z_direction: tl.constexpr,
-    directions: tl.constexpr, width: tl.constexpr, N: tl.constexpr, RANK: tl.constexpr,
-    LOW_RANK: tl.constexpr, B_PER_TOKEN: tl.constexpr, C_PER_TOKEN: tl.constexpr, HAS_GAP: tl.constexpr,
-    SOFTPLUS: tl.constexpr, CHAIN: tl.constexpr, STEP_PARAMS: tl.constexpr, HAS_LATER: tl.constexpr,
-    GATED: tl.constexpr, ONLY_EARLIER: tl.constexpr,
-    STATES: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr,
-    PRECISE: tl.constexpr, NVIDIA: tl.constexpr, INDEX: tl.constexpr,
+    x, dt, weight, bias, A, B, C, D, places, gaps, matrices, states, dy, later,
+    dx, ddt, dmatrices, dB, dC, dA, dD, dbias, dweight,
+    samples, sequences, chained, length, padded, chunk, width, N, rank, tables, unaligned,
+    x_sample, x_token, x_direction, dt_sample, dt_token, dt_direction,
+    dy_sample, dy_token, dy_direction, dx_sample, dx_token, dx_direction, ddt_sample, ddt_token, ddt_direction,
+    LOW_RANK: tl.constexpr, RANKS: tl.constexpr, HALF_DOT: tl.constexpr, SOFTPLUS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_GAP: tl.constexpr, HAS_SKIP: tl.constexpr, CHAIN: tl.constexpr,
+    SHARED_X: tl.constexpr, SHARED_DY: tl.constexpr, B_PER_TOKEN: tl.constexpr, C_PER_TOKEN: tl.constexpr,
+    ONE_STATE: tl.constexpr, HAS_STATES: tl.constexpr, HAS_LATER: tl.constexpr, ONLY_EARLIER: tl.constexpr,
+    STEPS: tl.constexpr, LOG_STEPS: tl.constexpr, CHANNELS: tl.constexpr, FULL: tl.constexpr, MASKED: tl.constexpr,
+    PRECISE: tl.constexpr, EXACT_DOT: tl.constexpr, SPLIT: tl.constexpr, NVIDIA: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """Takes the steps of a chunk backwards, group by group, from the states before each group that were saved.
+    """Takes the steps of a chunk backwards, tile by tile, from the states before each tile that were saved.
 
-    Writes gradients of x, z and the raw step at their visits (b, l, k, d), of B and C per block of channels
-    (blocks, b, l, k, n), of everything else per walk and chunk. ``ONLY_EARLIER``: nothing but the gradient of the state
-    before the chunk, given none from later ones.
+    Writes gradients of x at its visits; of the low-rank dt per block of channels (blocks, b·k, padded, r), or of a full
+    dt at its rows; of B and C per block of channels (blocks, b·k, tiles, n, 2, STEPS), or of constants, as of
+    everything else, per walk and chunk. ``later`` (chunks, b·k, n, d) is the gradient of the state after each chunk
+    and becomes that of the state before it. ``ONLY_EARLIER``: nothing else.
     """
-    blocks: tl.constexpr = (width + BLOCK - 1) // BLOCK
-    walk = (tl.program_id(0) // blocks).to(tl.int64)
-    walks = tl.num_programs(0) // blocks
-    block_index, chunk_index = tl.program_id(0) % blocks, tl.program_id(1)
-    sample, sequence = walk // sequences, (walk % sequences).to(tl.int32)
-    channels = block_index * BLOCK + tl.arange(0, BLOCK)
+    blocks = tl.cdiv(width, CHANNELS)
+    walk, chunk_index = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(1)
+    block = tl.program_id(0) % blocks
+    sample, sequence = walk // sequences, walk % sequences
+    walks = (samples + tl.zeros((), tl.int64)) * sequences
+    channels = block * CHANNELS + tl.arange(0, CHANNELS)
     lanes, inside = channels + unaligned, channels < width
-    states, ranks = tl.arange(0, STATES), tl.arange(0, RANKS)
-    dt_columns = ranks if LOW_RANK else channels
-    dt_inside = ranks < RANK if LOW_RANK else inside
-    state_at = walk * width * N + states[:, None] * width + lanes[None, :]
-    state_inside = (states < N)[:, None] & inside[None, :]
-
-    rates = _load_channels(A, sequence, states, lanes, width, inside, N)
-    log2_rates = rates * LOG2_E
-    matrix = _load_channels(weight, sequence, ranks, lanes, width, inside, RANK)
-    offsets = tl.load(bias + sequence * width + channels, mask=inside, other=0.0).to(tl.float32)
-    skip = tl.load(D + sequence * width + channels, mask=inside, other=0.0).to(tl.float32)
-    idle = _softplus(offsets, PRECISE, NVIDIA) if SOFTPLUS else offsets
-    if not B_PER_TOKEN:
-        B_all = _load_channels(B, sequence, states, lanes, width, inside, N)
-    if not C_PER_TOKEN:
-        C_all = _load_channels(C, sequence, states, lanes, width, inside, N)
-    x, dy, z = x + sample * x_sample, dy + sample * dy_sample, z + sample * z_sample
-    dt += sample * dt_sample + sequence * dt_direction
-    B += sample * B_sample + sequence * B_direction
-    C += sample * C_sample + sequence * C_direction
-    order, gap = order + sample * order_sample, gap + sample * gap_sample
-    visits = sample * tokens * directions
-    dx, draw, dz = dx + visits * width, draw + visits * width, dz + visits * width
-    matrix_visits = (block_index * batch + sample) * tokens * directions * N
-    if B_PER_TOKEN:
-        dB += matrix_visits
-    if C_PER_TOKEN:
-        dC += matrix_visits
-
-    g = tl.zeros((STATES, BLOCK), tl.float32)
-    if HAS_LATER:
-        g = tl.load(later + chunk_index * walks * width * N + state_at, mask=state_inside, other=0.0)
-    dA_sum, dB_sum, dC_sum, dweight_sum = tl.zeros_like(g), tl.zeros_like(g), tl.zeros_like(g), tl.zeros_like(matrix)
-    dD_sum, dbias_sum, didle_sum = tl.zeros_like(offsets), tl.zeros_like(offsets), tl.zeros_like(offsets)
+    ranks, offsets, columns = tl.arange(0, RANKS), tl.arange(0, STEPS), tl.arange(0, 16)
     begin = chunk_index * chunk
     end = tl.minimum(begin + chunk, length)
-    groups = (end - begin + UNROLL - 1) // UNROLL
-    for i in range(groups):
-        first = begin + (groups - 1 - i) * UNROLL
-        visited, parameters, rows, exist = _visits(
-            order, first, end, sequence, steps, CHAIN, STEP_PARAMS, UNROLL, INDEX
+    count = tl.cdiv(end - begin, STEPS)
+
+    x += sample * x_sample + (0 if CHAIN else sequence * x_direction)
+    dx += sample * dx_sample + (0 if CHAIN else sequence * dx_direction)
+    dy += sample * dy_sample + (0 if CHAIN else sequence * dy_direction)
+    dt += sample * dt_sample + sequence * dt_direction
+    A, B, C = A + sequence * width * N, B + sequence * width * N, C + sequence * width * N
+    places += walk % tables * 2 * padded
+    gaps += walk % tables * padded
+    matrices += walk * 2 * N * padded
+    dmatrices += (block * walks + walk) * 2 * N * padded
+    of_matrix = ranks[:, None] + lanes[None, :] * rank
+    inside_matrix = (ranks < rank)[:, None] & inside[None, :]
+    matrix = tl.load(weight + sequence * rank * width + of_matrix, mask=inside_matrix, other=0.0).to(tl.float32)
+    offset = tl.zeros((1, CHANNELS), tl.float32)
+    if HAS_BIAS:
+        offset = tiles.load_row(bias + sequence * width, lanes, inside, FULL) * LOG2_E
+    idle = tiles.softplus(offset, PRECISE, NVIDIA) if SOFTPLUS else offset
+    if HAS_SKIP:
+        skip = tiles.load_row(D + sequence * width, lanes, inside, FULL)
+
+    entry = walks * N * width  # of one state of every walk
+    of_walk = chunk_index * entry + walk * N * width
+    kept, A_sums, B_sums, C_sums = later + of_walk, dA + of_walk, dB + of_walk, dC + of_walk
+    saved = states + of_walk + (begin // STEPS + count - 1) * entry
+    zero = tl.zeros((1, CHANNELS), tl.float32)
+    q, dA_sum, dD_sum, dbias_sum, didle_sum = zero, zero, zero, zero, zero
+    dweight_sum = tl.zeros((RANKS, CHANNELS), tl.float32)
+    if ONE_STATE and HAS_LATER:
+        q = tiles.load_row(kept, lanes, inside, FULL)
+    for n in range(N):
+        at = n * width + lanes[None, :]
+        if not ONE_STATE and not HAS_LATER:
+            tl.store(kept + at, zero, mask=inside[None, :])
+        if not ONE_STATE and not ONLY_EARLIER:
+            tl.store(A_sums + at, zero, mask=inside[None, :])
+        if not B_PER_TOKEN and not ONLY_EARLIER:
+            tl.store(B_sums + at, zero, mask=inside[None, :])
+        if not C_PER_TOKEN and not ONLY_EARLIER:
+            tl.store(C_sums + at, zero, mask=inside[None, :])
+
+    # Loads of places are issued a tile ahead of their use, those of a state one state ahead.
+    first = begin + (count - 1) * STEPS
+    place = tiles.load_pair(places + 2 * first, STEPS)
+    for _tile in range(count):
+        steps = first + offsets
+        exists = steps < end
+        stored = exists[:, None] if FULL else exists[:, None] & inside[None, :]
+        row, visit = tiles.unpair(place, STEPS)
+        row, visit = row.to(INDEX), visit.to(INDEX)
+        dts = tiles.load_dt(dt, row // chained if CHAIN else row, dt_token, ranks, rank, lanes, inside, LOW_RANK)
+        dy_at = dy + (visit // chained if CHAIN and SHARED_DY else visit)[:, None] * dy_token + lanes[None, :]
+        dys = tl.load(dy_at, mask=stored, other=0.0)
+        seen = visit // chained if CHAIN and SHARED_X else visit
+        xs = tiles.load_tokens(x, seen, x_token, lanes, inside, FULL)
+        of_tile = matrices + 2 * N * first
+        A_n, q_n, BC_n = tiles.load_state(A, kept, of_tile, 0, width, lanes, inside, STEPS, FULL)
+        q = q if ONE_STATE else q_n
+        h = zero
+        if HAS_STATES and not ONLY_EARLIER:
+            h = tiles.load_row(saved, lanes, inside, FULL)
+        ahead = tl.maximum(first - STEPS, begin)
+        place = tiles.load_pair(places + 2 * ahead, STEPS)
+        gap = tl.load(gaps + steps) if HAS_GAP else 0.0
+        raw = tiles.raw_steps(dts, matrix * LOG2_E, offset, LOW_RANK, HALF_DOT, STEPS, CHANNELS)
+        step, decay_step = tiles.steps_of_tile(
+            raw, gap, idle, exists, SOFTPLUS, HAS_GAP, MASKED, PRECISE, NVIDIA, STEPS, LOG_STEPS, CHANNELS
         )
-        gaps = _load_gaps(gap, first, sequence, steps, exist, CHAIN, HAS_GAP, UNROLL)
-        dts = _load_rows(dt, parameters, rows, dt_token, 0, dt_columns, dt_inside, exist, UNROLL)
-        dys = _load_rows(dy, visited, rows, dy_token, dy_direction, channels, inside, exist, UNROLL)
-        if GATED:
-            zs = _load_rows(z, visited, rows, z_token, z_direction, channels, inside, exist, UNROLL)
-        if C_PER_TOKEN:
-            Cs = _load_rows(C, parameters, rows, C_token, 0, states, states < N, exist, UNROLL)
-        raws, step_sizes, decays = (), (), ()
-        for u in tl.static_range(UNROLL):
-            raw = _raw_step(dts[u], matrix, offsets, LOW_RANK)
-            step = _activated(raw, exist[u], SOFTPLUS, PRECISE, NVIDIA)
-            decay_step = step + gaps[u] * idle if HAS_GAP else step
-            raws, step_sizes = raws + (raw,), step_sizes + (step,)
-            decays = decays + (_decay(log2_rates * decay_step[None, :], PRECISE, NVIDIA),)
-
-        if ONLY_EARLIER:
-            for u in tl.static_range(UNROLL - 1, -1, -1):
-                C_u = Cs[u][:, None] if C_PER_TOKEN else C_all
-                dy_u = dys[u] * zs[u] * _sigmoid(zs[u]) if GATED else dys[u]
-                g = decays[u] * (g + C_u * dy_u[None, :])
-        else:
-            xs = _load_rows(x, visited, rows, x_token, x_direction, channels, inside, exist, UNROLL)
-            if B_PER_TOKEN:
-                Bs = _load_rows(B, parameters, rows, B_token, 0, states, states < N, exist, UNROLL)
-            group = first // UNROLL + tl.zeros((), tl.int64)
-            h = tl.load(saved + group * walks * width * N + state_at, mask=state_inside, other=0.0)
-            hs = (h,)
-            for u in tl.static_range(UNROLL):
-                B_u = Bs[u][:, None] if B_PER_TOKEN else B_all
-                h = decays[u] * h + B_u * (step_sizes[u] * xs[u])[None, :]
-                hs = hs + (h,)
-            for u in tl.static_range(UNROLL - 1, -1, -1):
-                B_u = Bs[u][:, None] if B_PER_TOKEN else B_all
-                C_u = Cs[u][:, None] if C_PER_TOKEN else C_all
-                stored = inside & exist[u]
-                visit = (visited[u] * directions + rows[u]) * width + channels
-                parameter_visit = parameters[u] * directions + rows[u]
-                dy_u = dys[u]
-                if GATED:
-                    gate = _sigmoid(zs[u])
-                    result = tl.sum(C_u * hs[u + 1], 0) + skip * xs[u]
-                    dz_u = dy_u * result * gate * (1.0 + zs[u] * (1.0 - gate))
-                    tl.store(dz + visit, dz_u.to(dz.dtype.element_ty), mask=stored)
-                    dy_u *= zs[u] * gate
-                g += C_u * dy_u[None, :]
-                source = step_sizes[u] * xs[u]
-                if B_PER_TOKEN:
-                    dB_u = tl.sum(g * source[None, :], 1)
-                    tl.store(dB + parameter_visit * N + states, dB_u, mask=(states < N) & exist[u])
+        dys, xs = dys.to(tl.float32), xs.to(tl.float32)
+        source = step * xs
+        dsource, ddecay = tl.zeros_like(xs), tl.zeros_like(xs)
+        for n in range(1 if ONE_STATE else N):
+            at = n * width + lanes[None, :]
+            A_now, q_now, h_now = A_n, q, h
+            B_n, C_n = tiles.unpair(BC_n, STEPS)
+            if not ONE_STATE:
+                following = tl.minimum(n + 1, N - 1)
+                A_n, q, BC_n = tiles.load_state(A, kept, of_tile, following, width, lanes, inside, STEPS, FULL)
+                if HAS_STATES and not ONLY_EARLIER:
+                    h = tiles.load_row(saved + following * width, lanes, inside, FULL)
+            decay = tiles.decay(decay_step * A_now, PRECISE, NVIDIA)
+            C_n = tiles.along(C_n, C, n, width, lanes, inside, C_PER_TOKEN, FULL)
+            g_tile, q_tile, q_end = tiles.gradients_of_tile(decay, C_n * dys, q_now, STEPS, LOG_STEPS, CHANNELS)
+            if ONE_STATE:
+                q = q_end
+            else:
+                tl.store(kept + at, q_end, mask=inside[None, :])
+            if not ONLY_EARLIER:
+                B_n = tiles.along(B_n, B, n, width, lanes, inside, B_PER_TOKEN, FULL)
+                before, after, _ = tiles.states_of_tile(decay, source * B_n, h_now, STEPS, LOG_STEPS, CHANNELS)
+                dsource += B_n * g_tile
+                dexponent = q_tile * before
+                ddecay += A_now * dexponent
+                dA_n = tl.sum(dexponent * decay_step, 0, keep_dims=True) * LN_2
+                dB_n, dC_n = g_tile * source, after * dys
+                if ONE_STATE:
+                    dA_sum += dA_n
                 else:
-                    dB_sum += g * source[None, :]
-                if C_PER_TOKEN:
-                    dC_u = tl.sum(hs[u + 1] * dy_u[None, :], 1)
-                    tl.store(dC + parameter_visit * N + states, dC_u, mask=(states < N) & exist[u])
-                else:
-                    dC_sum += hs[u + 1] * dy_u[None, :]
-                dsource = tl.sum(B_u * g, 0)
-                g = decays[u] * g
-                dexponent = g * hs[u]
-                ddecay_step = tl.sum(dexponent * rates, 0)
-                dA_sum += dexponent * (step_sizes[u] + gaps[u] * idle if HAS_GAP else step_sizes[u])[None, :]
-                dD_sum += dy_u * xs[u]
-                dx_u = step_sizes[u] * dsource + skip * dy_u
-                tl.store(dx + visit, dx_u.to(dx.dtype.element_ty), mask=stored)
-                draw_u = tl.where(exist[u], xs[u] * dsource + ddecay_step, 0.0)
-                if SOFTPLUS:
-                    draw_u *= _sigmoid(raws[u])
-                tl.store(draw + parameter_visit * width + channels, draw_u.to(draw.dtype.element_ty), mask=stored)
-                dbias_sum += draw_u
-                if HAS_GAP:
-                    didle_sum += ddecay_step * gaps[u]
-                if LOW_RANK:
-                    dweight_sum += dts[u][:, None] * draw_u[None, :]
+                    tiles.add_row(A_sums + n * width, dA_n, lanes, inside, FULL)
+                if not B_PER_TOKEN:
+                    dB_sum = tl.sum(dB_n, 0, keep_dims=True) * LN_2
+                    tiles.add_row(B_sums + n * width, dB_sum, lanes, inside, FULL)
+                if not C_PER_TOKEN:
+                    dC_sum = tl.sum(dC_n, 0, keep_dims=True)
+                    tiles.add_row(C_sums + n * width, dC_sum, lanes, inside, FULL)
+                if B_PER_TOKEN or C_PER_TOKEN:
+                    both = tiles.sum_channels(dB_n, dC_n, columns, EXACT_DOT, SPLIT, STEPS, LOG_STEPS, CHANNELS)
+                    both *= tl.where(columns == 0, LN_2, 1.0)[None, :]
+                    both_at = dmatrices + 2 * N * first + (2 * n + columns[None, :]) * STEPS + offsets[:, None]
+                    tl.store(both_at, both, mask=(columns < 2)[None, :])
+        saved -= entry
+        if not ONLY_EARLIER:
+            draw = xs * dsource * LOG2_E + ddecay
+            if SOFTPLUS:
+                draw *= tiles.softplus_slope(step, PRECISE, NVIDIA)
+            if MASKED:
+                draw = tl.where(exists[:, None], draw, 0.0)
+            dx_tile = step * dsource
+            if HAS_SKIP:
+                dx_tile += skip * dys
+                dD_sum += tl.sum(dys * xs, 0, keep_dims=True)
+            tl.store(dx + visit[:, None] * dx_token + lanes[None, :], dx_tile.to(dx.dtype.element_ty), mask=stored)
+            dbias_sum += tl.sum(draw, 0, keep_dims=True)
+            if HAS_GAP:
+                didle_sum += tl.sum(ddecay * gap[:, None], 0, keep_dims=True)
+            if LOW_RANK:
+                ddts, dweight_sum = tiles.low_rank_gradients(
+                    draw, dts, matrix, dweight_sum, EXACT_DOT, SPLIT, STEPS, LOG_STEPS, CHANNELS
+                )
+                ddt_at = ddt + ((block * walks + walk) * padded + steps[:, None]) * rank + ranks[None, :]
+                tl.store(ddt_at, ddts, mask=(ranks < rank)[None, :])
+            else:
+                ddt_at = ddt + sample * ddt_sample + (0 if CHAIN else sequence * ddt_direction)
+                ddt_at += row[:, None] * ddt_token + lanes[None, :]
+                tl.store(ddt_at, draw.to(ddt.dtype.element_ty), mask=stored)
+        first = ahead
 
-    walk_states = chunk_index * walks * width * N + state_at
-    if ONLY_EARLIER:
-        tl.store(earlier + walk_states, g, mask=state_inside)
-    else:
-        tl.store(dA + walk_states, dA_sum, mask=state_inside)
-        if not B_PER_TOKEN:
-            tl.store(dB + walk_states, dB_sum, mask=state_inside)
-        if not C_PER_TOKEN:
-            tl.store(dC + walk_states, dC_sum, mask=state_inside)
-        walk_row = (chunk_index * walks + walk) * width
-        tl.store(dD + walk_row + channels, dD_sum, mask=inside)
+    if ONE_STATE:
+        tl.store(kept + lanes[None, :], q, mask=inside[None, :])
+    if not ONLY_EARLIER:
+        at = (chunk_index * walks + walk) * width + lanes[None, :]
+        if ONE_STATE:
+            tl.store(A_sums + lanes[None, :], dA_sum, mask=inside[None, :])
+        if HAS_SKIP:
+            tl.store(dD + at, dD_sum, mask=inside[None, :])
         if HAS_GAP:
-            dbias_sum += didle_sum * (_sigmoid(offsets) if SOFTPLUS else 1.0)
-        tl.store(dbias + walk_row + channels, dbias_sum, mask=inside)
+            dbias_sum += didle_sum * (tiles.softplus_slope(idle, PRECISE, NVIDIA) if SOFTPLUS else 1.0)
+        tl.store(dbias + at, dbias_sum, mask=inside[None, :])
         if LOW_RANK:
-            at = walk_row * RANK + ranks[:, None] * width + lanes[None, :]
-            tl.store(dweight + at, dweight_sum, mask=(ranks < RANK)[:, None] & inside[None, :])
+            of_walk = (chunk_index * walks + walk) * rank * width
+            tl.store(dweight + of_walk + of_matrix, dweight_sum, mask=inside_matrix)
 
 
 @triton.jit
-def merge_kernel(parts, z, out, rows, directions, width, GATED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def unpack_kernel(
+    partial, places, out, blocks, sequences, length, padded, columns, tables,
+    block_stride, walk_stride, tile_stride, step_stride, column_stride, out_sample, out_token, out_direction,
+    CHAIN: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Sums partial gradients over blocks of channels and brings them from the order of the steps to rows of tokens."""
+    walk = tl.program_id(0).to(tl.int64)
+    sample, sequence = walk // sequences, walk % sequences
+    s = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    c = tl.arange(0, COLUMNS)[None, :]
+    inside = (s < length)[:, None] & (c < columns)
+    at = partial + walk * walk_stride + (s // STEPS * tile_stride + s % STEPS * step_stride)[:, None]
+    at += c * column_stride
+    total = tl.zeros((BLOCK, COLUMNS), tl.float32)
+    for _ in range(blocks):
+        total += tl.load(at, mask=inside, other=0.0)
+        at += block_stride
+    row = tl.load(places + 2 * (walk % tables * padded + s - s % STEPS) + s % STEPS, mask=s < length, other=0)
+    to = out + sample * out_sample + (0 if CHAIN else sequence * out_direction)
+    to += row.to(tl.int64)[:, None] * out_token + c
+    tl.store(to, total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def merge_kernel(
+    parts, z, out, rows, directions, width, z_row, GATED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
     """Out (rows, d) = Σ parts (rows, k, d) over directions, times silu(z) if gated."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None].to(tl.int64)
     channels = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
@@ -409,6 +451,24 @@ def merge_kernel(parts, z, out, rows, directions, width, GATED: tl.constexpr, RO
         part = tl.load(parts + (row * directions + direction) * width + channels, mask=inside, other=0.0)
         total += part.to(tl.float32)
     if GATED:
-        gate = tl.load(z + row * width + channels, mask=inside, other=0.0).to(tl.float32)
-        total *= gate * _sigmoid(gate)
+        gate = tl.load(z + row * z_row + channels, mask=inside, other=0.0).to(tl.float32)
+        total *= gate * tiles.sigmoid(gate)
     tl.store(out + row * width + channels, total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gate_adjoint_kernel(
+    dy, z, result, dz, dresult, rows, width, dy_row, z_row, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Gradients of z and of ``result`` where y = result·silu(z); all (rows, d)."""
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None].to(tl.int64)
+    channels = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    inside = (row < rows) & (channels < width)
+    gate = tl.load(z + row * z_row + channels, mask=inside, other=0.0).to(tl.float32)
+    upstream = tl.load(dy + row * dy_row + channels, mask=inside, other=0.0).to(tl.float32)
+    value = tl.load(result + row * width + channels, mask=inside, other=0.0).to(tl.float32)
+    sigmoid = tiles.sigmoid(gate)
+    slope = sigmoid * (1.0 + gate * (1.0 - sigmoid))
+    at = row * width + channels
+    tl.store(dz + at, (upstream * value * slope).to(dz.dtype.element_ty), mask=inside)
+    tl.store(dresult + at, (upstream * gate * sigmoid).to(dresult.dtype.element_ty), mask=inside)

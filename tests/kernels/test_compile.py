@@ -1,6 +1,7 @@
-"""Every kernel compiles for the GPUs it is meant for, which needs no GPU; on an H100 without spilling registers."""
+"""Every kernel compiles for the GPUs it is meant for, which needs no GPU; on an H100 forward passes spill nothing."""
 
 import os
+import re
 
 import pytest
 
@@ -10,104 +11,129 @@ import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from compiled import stack_bytes  # noqa: E402
 from vssm_kernels import scan_triton  # noqa: E402
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile")
 
-NVIDIA = [GPUTarget("cuda", capability, 32) for capability in (75, 80, 86, 89, 90, 120)]
-TARGETS = [*NVIDIA, GPUTarget("hip", "gfx942", 64)]
+H100 = GPUTarget("cuda", 90, 32)
+TARGETS = [
+    *(GPUTarget("cuda", capability, 32) for capability in (75, 80, 86, 89, 90, 120)),
+    GPUTarget("hip", "gfx942", 64),
+]
 
-VIM = {"width": 384, "directions": 2, "N": 16, "RANK": 12, "UNROLL": 2}
-VMAMBA = {"width": 96, "directions": 4, "N": 1, "RANK": 6, "UNROLL": 4}
-EVERYTHING = {"B_PER_TOKEN": False, "C_PER_TOKEN": False, "HAS_GAP": True, "CHAIN": True, "STEP_PARAMS": True}
-INTEGERS = {"order": "i32", "gap": "i32"}
-HALF = ("x", "dt", "B", "C", "z", "y", "dy", "dx", "draw", "dz", "parts", "out")
-COUNTS = ("sequences", "directions", "tokens", "steps", "length", "chunk", "chunks", "batch", "rows", "width")
+VIM = {"RANKS": 16, "ONE_STATE": False}
+VMAMBA = {"RANKS": 16, "ONE_STATE": True}
+EVERYTHING = {"B_PER_TOKEN": False, "C_PER_TOKEN": False, "HAS_GAP": True, "CHAIN": True, "FULL": False, "MASKED": True}
+USUAL = {
+    "LOW_RANK": True, "HALF_DOT": True, "SOFTPLUS": True, "HAS_BIAS": True, "HAS_GAP": False, "HAS_SKIP": True,
+    "CHAIN": False, "SHARED_X": True, "B_PER_TOKEN": True, "C_PER_TOKEN": True, "STEPS": 16, "LOG_STEPS": 4,
+    "CHANNELS": 32, "FULL": True, "MASKED": False, "PRECISE": False, "INDEX": tl.int32,
+}  # fmt: skip
+PLAIN_FLOAT32 = {"HALF_DOT": False, "PRECISE": True, "EXACT_DOT": True}
+INTEGERS = ("places", "order", "gap")
+HALF = ("x", "dt", "z", "y", "dy", "dx", "parts", "out", "dz", "ddt_full")
+MULTIPLES_OF_16 = ("chunk", "padded", "width", "x_token", "x_sample", "y_token", "y_sample")  # as in most models
 
 
-def _compile(kernel, target, half, **constants):
+def _compile(kernel, target, half, constants, *, warps=1, registers=None):
     """Compiles a kernel: pointers by their names, numbers as integers, ``constants`` as they are."""
-    signature, fixed = {}, {}
-    for parameter in kernel.params:
+    signature, fixed, hints = {}, {}, {}
+    for index, parameter in enumerate(kernel.params):
         name = parameter.name
         if parameter.is_constexpr:
             signature[name], fixed[name] = "constexpr", constants[name]
-        elif name.endswith("_sample") or name in (*COUNTS, "unaligned"):
+        elif name in constants:  # "*": a pointer; else a number
+            signature[name] = constants[name]
+        elif re.search(r"_(sample|token|direction|state|stride|row|tables)$", name) or name in _NUMBERS:
             signature[name] = "i32"
+            if name in MULTIPLES_OF_16:
+                hints[(index,)] = [["tt.divisibility", 16]]
         else:
-            signature[name] = "*" + INTEGERS.get(name, half if name in HALF else "fp32")
-    return triton.compile(ASTSource(kernel, signature, fixed), target=target, options={"num_warps": 1, "num_stages": 1})
+            signature[name] = "*" + ("i32" if name in INTEGERS else half if name in HALF else "fp32")
+            hints[(index,)] = [["tt.divisibility", 16]]
+    options = {"num_warps": warps, "num_stages": 1} | ({"maxnreg": registers} if registers else {})
+    return triton.compile(ASTSource(kernel, signature, fixed, hints), target=target, options=options)
 
 
-def _constants(model, **switches):
-    row = model["directions"] * (model["RANK"] + 2 * model["N"])
-    strides = {f"{name}_{axis}": row for name in ("dt", "B", "C") for axis in ("token", "direction")}
-    wide = {f"{name}_token": model["width"] for name in ("x", "dy", "z")}
-    return {
-        **model, **strides, **wide, "x_direction": 0, "dy_direction": 0, "z_direction": 0, "LOW_RANK": True,
-        "B_PER_TOKEN": True, "C_PER_TOKEN": True, "HAS_GAP": False, "SOFTPLUS": True, "CHAIN": False,
-        "STEP_PARAMS": False, "STATES": triton.next_power_of_2(model["N"]), "BLOCK": 32,
-        "RANKS": triton.next_power_of_2(model["RANK"]), "PRECISE": False, "INDEX": tl.int32, **switches,
-    }  # fmt: skip
+_NUMBERS = (
+    "samples", "sequences", "chained", "length", "padded", "chunk", "chunks", "walks", "width", "N", "rank", "tables",
+    "unaligned", "steps", "blocks", "columns", "directions",
+)  # fmt: skip
 
 
-def _forward(target, half, model, **switches):
-    modes = {"HAS_START": True, "WRITE_Y": True, "WRITE_SAVED": False, "WRITE_ENDS": True}
-    constants = _constants(model, NVIDIA=target.backend == "cuda", **modes | switches)
-    return _compile(scan_triton.scan_forward_kernel, target, half, **constants)
+def _forward(target, half, *switches, registers=None):
+    modes = {"GATED": True, "HAS_START": True, "WRITE_Y": True, "WRITE_STATES": False, "WRITE_TOTALS": False}
+    constants = USUAL | modes | {"NVIDIA": target.backend == "cuda"}
+    for each in switches:
+        constants |= each
+    return _compile(scan_triton.scan_forward_kernel, target, half, constants, registers=registers)
 
 
-def _adjoint(target, half, model, **switches):
-    modes = {"HAS_LATER": True, "GATED": True, "ONLY_EARLIER": False}
-    constants = _constants(model, NVIDIA=target.backend == "cuda", **modes | switches)
-    return _compile(scan_triton.scan_adjoint_kernel, target, half, **constants)
+def _adjoint(target, half, *switches, registers=None):
+    modes = {"SHARED_DY": True, "HAS_STATES": True, "HAS_LATER": True, "ONLY_EARLIER": False}
+    constants = USUAL | modes | {"EXACT_DOT": False, "SPLIT": half == "fp16", "NVIDIA": target.backend == "cuda"}
+    for each in switches:
+        constants |= each
+    return _compile(scan_triton.scan_adjoint_kernel, target, half, constants, registers=registers)
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: f"{target.backend}-{target.arch}")
 def test_every_target(target):
-    half = "fp16" if target.arch == 75 else "bf16"  # bfloat16 is missing there
+    turing = target.arch == 75  # has no bfloat16
+    half, products = ("fp16", {"EXACT_DOT": True}) if turing else ("bf16", {})
     assert _forward(target, half, VIM).asm
-    assert _adjoint(target, half, VIM | {"UNROLL": 1}).asm
+    assert _adjoint(target, half, VMAMBA, products).asm
 
 
-@pytest.mark.parametrize("model", [VIM, VMAMBA], ids=["vim", "vmamba"])
-def test_lanes_are_channels(model):
-    """The forward kernel sums over states and ranks inside a thread: not one shuffle."""
-    target = GPUTarget("cuda", 90, 32)
-    assert "shfl" not in _forward(target, "bf16", model, HAS_START=False, WRITE_ENDS=False).asm["ptx"]
+def test_half_precision_of_two_halves():
+    assert _adjoint(H100, "fp16", VMAMBA).asm
 
 
 @pytest.mark.parametrize(
     "switches",
     [
-        EVERYTHING,
-        EVERYTHING | {"LOW_RANK": False, "RANK": 1, "RANKS": 1, "SOFTPLUS": False, "INDEX": tl.int64},
-        {"PRECISE": True, "N": 64, "STATES": 64, "UNROLL": 1},
-        {"WRITE_Y": False, "WRITE_SAVED": True, "WRITE_ENDS": False, "HAS_START": False},
+        [VMAMBA, EVERYTHING],
+        [VIM, EVERYTHING, {"LOW_RANK": False, "SOFTPLUS": False, "INDEX": tl.int64, "SHARED_X": False}],
+        [VMAMBA, PLAIN_FLOAT32],
     ],
-    ids=["every switch", "full rank", "many states", "states only"],
+    ids=["every switch", "full rank", "float32"],
 )
 def test_every_switch(switches):
-    target = GPUTarget("cuda", 90, 32)
-    backward = {name: value for name, value in switches.items() if not name.startswith(("WRITE", "HAS_START"))}
-    assert _forward(target, "fp32", VMAMBA, **switches).asm
-    assert _adjoint(target, "fp32", VMAMBA, **backward).asm
-    assert _adjoint(target, "fp32", VMAMBA, **backward | {"ONLY_EARLIER": True}).asm
+    half = "fp32" if PLAIN_FLOAT32 in switches else "bf16"
+    assert _forward(H100, half, *switches).asm
+    assert _adjoint(H100, half, *switches).asm
 
 
-@pytest.mark.parametrize("reverse", [False, True])
-def test_carry(reverse):
-    constants = {
-        "width": 96,
-        "N": 3,
-        "HAS_FIRST": reverse,
-        "REVERSE": reverse,
-        "STATES": 4,
-        "BLOCK": 32,
-        "NVIDIA": True,
-    }
-    assert _compile(scan_triton.carry_kernel, GPUTarget("cuda", 90, 32), "bf16", **constants).asm
+@pytest.mark.parametrize("model", [VIM, VMAMBA], ids=["vim", "vmamba"])
+def test_passes_over_chunks(model):
+    only_states = {"WRITE_Y": False, "GATED": False}
+    assert _forward(H100, "bf16", model, only_states, {"WRITE_TOTALS": True, "HAS_START": False}).asm
+    assert _forward(H100, "bf16", model, only_states, {"WRITE_STATES": True}).asm
+    assert _adjoint(H100, "bf16", model, {"ONLY_EARLIER": True, "HAS_LATER": False}).asm
 
 
-def test_merge():
-    assert _compile(scan_triton.merge_kernel, GPUTarget("cuda", 90, 32), "bf16", GATED=True, ROWS=16, BLOCK=128).asm
+@pytest.mark.parametrize(("model", "registers"), [(VIM, 168), (VMAMBA, 128)], ids=["vim", "vmamba"])
+def test_a_thread_holds_the_steps_of_its_channels(model, registers, tmp_path):
+    """So the recurrence needs no shuffles, and its registers suffice: nothing is spilt to memory."""
+    compiled = _forward(H100, "bf16", model, {"GATED": False, "HAS_START": False}, registers=registers)
+    assert "shfl" not in compiled.asm["ptx"]
+    assert stack_bytes(compiled, tmp_path) == 0
+
+
+def test_small_kernels():
+    elementwise = {"ROWS": 16, "BLOCK": 128, "GATED": True, "rows": "i32"}
+    pack = {
+        "HAS_ORDER": True, "HAS_GAP": True, "CHAIN": True, "STEP_PARAMS": True, "B_PER_TOKEN": True,
+        "C_PER_TOKEN": True, "BLOCK": 64, "STEPS": 16, "STATES": 16, "states": "i32",
+    }  # fmt: skip
+    carry = {"HAS_FIRST": True, "REVERSE": True, "CHANNELS": 32, "PRECISE": True, "NVIDIA": True}
+    unpack = {"CHAIN": False, "BLOCK": 64, "STEPS": 16, "COLUMNS": 8}
+    for kernel, constants in (
+        (scan_triton.merge_kernel, elementwise),
+        (scan_triton.gate_adjoint_kernel, elementwise),
+        (scan_triton.pack_kernel, pack),
+        (scan_triton.carry_kernel, carry),
+        (scan_triton.unpack_kernel, unpack),
+    ):
+        assert _compile(kernel, H100, "bf16", constants, warps=4).asm

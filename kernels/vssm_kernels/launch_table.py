@@ -1,0 +1,157 @@
+"""Sizes of the Triton launches: those that ``vssm tune`` found on this GPU, and a heuristic for everything else."""
+
+import functools
+import itertools
+import json
+import logging
+import math
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from vssm_kernels.scan_call import ScanCall
+
+_logger = logging.getLogger("vssm")
+_forced: "LaunchConfig | None" = None
+
+_ALL_AT_ONCE = 1000  # programs from which sequences are not cut: decays would be computed twice
+_ENOUGH = 1536  # programs that sequences are cut into, about what an H100 holds at once
+_SHORTEST = 128  # steps of a chunk
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """Sizes of a launch."""
+
+    steps: int  # of a tile: 16 or 32
+    channels: int  # of a program: 16, 32 or 64
+    chunks: int  # that a sequence is cut into
+    registers: int  # of a thread at most, which sets how many programs run at once
+
+
+class _Shape(NamedTuple):
+    """What sizes depend on."""
+
+    phase: str  # forward or backward
+    batch: int  # rounded up to a power of two
+    sequences: int
+    width: int
+    states: int
+    length: int
+    rank: int  # 0: a full step
+    dtype: str
+
+
+def launch_config(call: ScanCall, *, backward: bool) -> LaunchConfig:
+    """The sizes for one call: those being tried, or from the user's table, or by :func:`heuristic`."""
+    if _forced is not None:
+        return _forced
+    shape = _shape_of(call, backward=backward)
+    tuned = _user_table(user_table_path(), _device_name(call.x.device)).get(_spelled(shape))
+    return heuristic(shape) if tuned is None else tuned
+
+
+def heuristic(shape: _Shape) -> LaunchConfig:
+    """Sizes from the shape alone, made on an H100.
+
+    A thread of a single state has 128 registers to itself when 16 programs share a multiprocessor; more states and
+    gradients need more. Sequences are cut into chunks only where there are too few to fill the GPU.
+    """
+    channels = 16 if shape.width <= 16 else 32
+    programs = max(1, shape.batch * shape.sequences * math.ceil(shape.width / channels))
+    chunks = 1
+    if programs < _ALL_AT_ONCE:
+        chunks = max(1, min(math.ceil(_ENOUGH / programs), shape.length // _SHORTEST))
+    registers = 255 if shape.phase == "backward" else 128 if shape.states == 1 else 168
+    return LaunchConfig(steps=16, channels=channels, chunks=chunks, registers=registers)
+
+
+def key(call: ScanCall, *, backward: bool) -> str:
+    """Under which the table holds a call."""
+    return _spelled(_shape_of(call, backward=backward))
+
+
+def candidates(key: str) -> list[LaunchConfig]:
+    """The sizes worth a trial for a key, that of the heuristic first.
+
+    Raises:
+        ValueError: ``key`` is none.
+    """
+    shape = _parsed(key)
+    usual = heuristic(shape)
+    chunks = sorted({1, usual.chunks, max(1, usual.chunks // 2), min(2 * usual.chunks, max(1, shape.length // 64))})
+    sizes = itertools.product((16, 32), sorted({usual.channels, 64}), chunks, (128, 168, 255))
+    return [usual, *(config for config in itertools.starmap(LaunchConfig, sizes) if config != usual)]
+
+
+@contextmanager
+def forced(config: LaunchConfig) -> Iterator[None]:
+    """Makes every launch inside use ``config``."""
+    global _forced
+    before, _forced = _forced, config
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def user_table_path() -> Path:
+    """Where ``vssm tune`` writes: ``launch_table.json`` in ``$VSSM_CACHE``, or ``vssm`` in the user's cache folder."""
+    cache = os.environ.get("VSSM_CACHE")
+    if cache:
+        return Path(cache) / "launch_table.json"
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "vssm" / "launch_table.json"
+
+
+def _shape_of(call: ScanCall, *, backward: bool) -> _Shape:
+    return _Shape(
+        phase="backward" if backward else "forward",
+        batch=1 << max(0, call.batch - 1).bit_length(),
+        sequences=call.sequences,
+        width=call.width,
+        states=call.states,
+        length=call.steps * (call.directions if call.chain else 1),
+        rank=0 if call.dt_weight is None else call.dt.shape[-1],
+        dtype=str(call.x.dtype).removeprefix("torch."),
+    )
+
+
+def _spelled(shape: _Shape) -> str:
+    phase, batch, sequences, width, states, length, rank, dtype = shape
+    return f"{phase} b{batch} k{sequences} d{width} n{states} t{length} r{rank} {dtype}"
+
+
+def _parsed(key: str) -> _Shape:
+    found = re.fullmatch(r"(forward|backward) b(\d+) k(\d+) d(\d+) n(\d+) t(\d+) r(\d+) (\w+)", key)
+    if found is None:
+        raise ValueError(f"launch table: expected a key such as 'forward b8 k4 d96 n1 t3136 r6 bfloat16', got {key!r}")
+    batch, sequences, width, states, length, rank = (int(size) for size in found.groups()[1:-1])
+    return _Shape(found[1], batch, sequences, width, states, length, rank, found[found.re.groups])
+
+
+@functools.cache
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+@functools.cache
+def _user_table(path: Path, device_name: str) -> dict[str, LaunchConfig]:
+    """What was tuned for a device; read once, and empty if there is no such table or the file is something else."""
+    names = [field.name for field in fields(LaunchConfig)]
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8")).get(device_name, {})
+        return {key: LaunchConfig(**{name: int(row[name]) for name in names}) for key, row in rows.items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        _logger.warning(
+            "%s is not a table of launch sizes (%r): not used; vssm tune --force writes it anew", path, error
+        )
+        return {}

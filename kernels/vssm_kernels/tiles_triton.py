@@ -1,0 +1,273 @@
+"""What the kernels of the scan do with a tile: arithmetic, layout, loads and the recurrences.
+
+A tile is (STEPS, CHANNELS). Lanes are channels, and a thread holds all steps of its channels. Steps, decays and rates
+are in units of log 2, a = 2^(rate·step), since that is what the hardware computes.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def exp2(x, NVIDIA: tl.constexpr):
+    """2^x. The bare NVIDIA instruction takes denormals for 0, as a decay may."""
+    if NVIDIA:
+        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    return tl.exp2(x)
+
+
+@triton.jit
+def log2(x, NVIDIA: tl.constexpr):
+    """log₂ x, by the bare NVIDIA instruction."""
+    if NVIDIA:
+        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    return tl.log2(x)
+
+
+@triton.jit
+def decay(x, PRECISE: tl.constexpr, NVIDIA: tl.constexpr):
+    """2^x of a decay. The instruction errs to one side near 1, which thousands of steps add up."""
+    decay = exp2(x, NVIDIA)
+    if PRECISE:
+        t = x * LN_2
+        series = 1.0 + t * (1.0 + t * (0.5 + t * (0.1666666667 + t * 0.0416666667)))
+        decay = tl.where(t > -0.03, series, decay)
+    return decay
+
+
+@triton.jit
+def softplus(raw, PRECISE: tl.constexpr, NVIDIA: tl.constexpr):
+    """log2(1 + 2^raw), of ``raw`` in units of log 2.
+
+    A logarithm near 1 loses small steps, so ``PRECISE`` has a series for them.
+    """
+    if PRECISE:
+        t = exp2(-tl.abs(raw), NVIDIA)
+        series = t * (1.0 + t * (-0.5 + t * (0.3333333333 + t * (-0.25 + t * (0.2 - t * 0.1666666667)))))
+        return tl.maximum(raw, 0.0) + tl.where(t < 0.08, series * LOG2_E, log2(1.0 + t, NVIDIA))
+    return tl.maximum(log2(1.0 + exp2(tl.minimum(raw, 126.0), NVIDIA), NVIDIA), raw)
+
+
+@triton.jit
+def softplus_slope(step, PRECISE: tl.constexpr, NVIDIA: tl.constexpr):
+    """The derivative of a softplus from its value: sigmoid(raw) = 1 − 2^(−step)."""
+    slope = 1.0 - exp2(-step, NVIDIA)
+    if PRECISE:
+        t = step * LN_2
+        series = t * (1.0 - t * (0.5 - t * (0.1666666667 - t * (0.0416666667 - t * (0.0083333333 - t * 0.0013888889)))))
+        slope = tl.where(t < 0.08, series, slope)
+    return slope
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(−x))."""
+    return 1.0 / (1.0 + tl.exp2(-x * LOG2_E))
+
+
+@triton.jit
+def rows_of(tile, STEPS: tl.constexpr, LOG_STEPS: tl.constexpr, CHANNELS: tl.constexpr):
+    """The steps of a tile as a tuple of (1, CHANNELS).
+
+    Splitting also has a purpose of its own: it brings the tile into the layout with all steps in one thread. There the
+    halves are nothing but names of registers.
+    """
+    parts = (tile,)
+    for level in tl.static_range(LOG_STEPS):
+        even, odd = (), ()
+        for i in tl.static_range(2**level):
+            pairs = tl.reshape(parts[i], (STEPS // 2 ** (level + 1), 2, CHANNELS))
+            first, second = tl.split(tl.permute(pairs, (0, 2, 1)))
+            even, odd = even + (first,), odd + (second,)
+        parts = even + odd
+    return parts
+
+
+@triton.jit
+def tile_of(rows, STEPS: tl.constexpr, LOG_STEPS: tl.constexpr, CHANNELS: tl.constexpr):
+    """The inverse of :func:`rows_of`."""
+    parts = rows
+    for level in tl.static_range(LOG_STEPS):
+        joined = ()
+        for i in tl.static_range(STEPS // 2 ** (level + 1)):
+            pairs = tl.permute(tl.join(parts[i], parts[i + STEPS // 2 ** (level + 1)]), (0, 2, 1))
+            joined = joined + (tl.reshape(pairs, (2 ** (level + 1), CHANNELS)),)
+        parts = joined
+    return parts[0]
+
+
+@triton.jit
+def pinned(tile, STEPS: tl.constexpr, LOG_STEPS: tl.constexpr, CHANNELS: tl.constexpr):
+    """The tile itself. The compiler cannot move what follows in front of it.
+
+    It would else compute operands of a matrix product a second time, in the layout that the product wants.
+    """
+    return tile_of(rows_of(tile, STEPS, LOG_STEPS, CHANNELS), STEPS, LOG_STEPS, CHANNELS)
+
+
+@triton.jit
+def halves(tile, STEPS: tl.constexpr, LOG_STEPS: tl.constexpr, CHANNELS: tl.constexpr):
+    """The tile as the sum of two in bfloat16."""
+    high = tile.to(tl.bfloat16)
+    low = (tile - high.to(tl.float32)).to(tl.bfloat16)
+    return pinned(high, STEPS, LOG_STEPS, CHANNELS), pinned(low, STEPS, LOG_STEPS, CHANNELS)
+
+
+@triton.jit
+def load_row(base, lanes, inside, FULL: tl.constexpr):
+    """(1, CHANNELS) in float32."""
+    row = tl.load(base + lanes, mask=None if FULL else inside, other=None if FULL else 0.0)
+    return row.to(tl.float32)[None, :]
+
+
+@triton.jit
+def add_row(base, row, lanes, inside, FULL: tl.constexpr):
+    """Adds (1, CHANNELS) to what is stored."""
+    tl.store(base + lanes[None, :], load_row(base, lanes, inside, FULL) + row, mask=inside[None, :])
+
+
+@triton.jit
+def load_tokens(base, tokens, token_stride, lanes, inside, FULL: tl.constexpr):
+    """The rows of channels of tokens, (STEPS, CHANNELS)."""
+    at = base + tokens[:, None] * token_stride + lanes[None, :]
+    return tl.load(at, mask=None if FULL else inside[None, :], other=None if FULL else 0.0)
+
+
+@triton.jit
+def load_pair(base, STEPS: tl.constexpr):
+    """Two values of every step of a tile that lie one row after the other, as one vector: a register a lane."""
+    return tl.load(base + tl.arange(0, 2 * STEPS))
+
+
+@triton.jit
+def unpair(pair, STEPS: tl.constexpr):
+    """The two rows, (STEPS,) each."""
+    return tl.split(tl.trans(tl.reshape(pair, (2, STEPS))))
+
+
+@triton.jit
+def along(values, constants, n, width, lanes, inside, PER_TOKEN: tl.constexpr, FULL: tl.constexpr):
+    """B or C of state n beside a tile: ``values`` of steps, (STEPS, 1), or constants per channel, (1, CHANNELS)."""
+    return values[:, None] if PER_TOKEN else load_row(constants + n * width, lanes, inside, FULL)
+
+
+@triton.jit
+def load_state(A, states, matrices, n, width, lanes, inside, STEPS: tl.constexpr, FULL: tl.constexpr):
+    """What a tile reads of state n: its rate, the state itself, and B and C as a pair."""
+    return (
+        load_row(A + n * width, lanes, inside, FULL),
+        load_row(states + n * width, lanes, inside, FULL),
+        load_pair(matrices + n * 2 * STEPS, STEPS),
+    )
+
+
+@triton.jit
+def load_dt(dt, rows, token_stride, ranks, rank, lanes, inside, LOW_RANK: tl.constexpr):
+    """The rows of dt that a tile reads, (STEPS, RANKS) or, of a full step, (STEPS, CHANNELS)."""
+    if LOW_RANK:
+        dts = tl.load(dt + rows[:, None] * token_stride + ranks[None, :], mask=(ranks < rank)[None, :], other=0.0)
+    else:
+        dts = tl.load(dt + rows[:, None] * token_stride + lanes[None, :], mask=inside[None, :], other=0.0)
+    return dts
+
+
+@triton.jit
+def raw_steps(
+    dts, weight, bias, LOW_RANK: tl.constexpr, HALF_DOT: tl.constexpr, STEPS: tl.constexpr, CHANNELS: tl.constexpr
+):
+    """weight·dt + bias in units of log 2, (STEPS, CHANNELS)."""
+    if LOW_RANK:
+        raw = tl.broadcast_to(bias, (STEPS, CHANNELS))
+        if HALF_DOT:  # dt is exact in its own dtype, and so is the weight as the sum of two
+            high = weight.to(dts.dtype)
+            raw = tl.dot(dts, (weight - high.to(tl.float32)).to(dts.dtype), raw)
+            raw = tl.dot(dts, high, raw)
+        else:
+            raw = tl.dot(dts.to(tl.float32), weight, raw, input_precision="ieee")
+    else:
+        raw = dts.to(tl.float32) * LOG2_E + bias
+    return raw
+
+
+@triton.jit
+def steps_of_tile(
+    raw, gaps, idle, exists,
+    SOFTPLUS: tl.constexpr, HAS_GAP: tl.constexpr, MASKED: tl.constexpr, PRECISE: tl.constexpr, NVIDIA: tl.constexpr,
+    STEPS: tl.constexpr, LOG_STEPS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Steps and decay steps of a tile, (STEPS, CHANNELS), in units of log 2; 0 where there is no step."""
+    steps = softplus(raw, PRECISE, NVIDIA) if SOFTPLUS else raw
+    steps = tile_of(rows_of(steps, STEPS, LOG_STEPS, CHANNELS), STEPS, LOG_STEPS, CHANNELS)
+    if MASKED:
+        steps = tl.where(exists[:, None], steps, 0.0)
+    return steps, steps + gaps[:, None] * idle if HAS_GAP else steps
+
+
+@triton.jit
+def states_of_tile(decay, added, h, STEPS: tl.constexpr, LOG_STEPS: tl.constexpr, CHANNELS: tl.constexpr):
+    """The recurrence h = decay·h + added over a tile: states before the steps, after them, and the last one."""
+    decays, addeds = rows_of(decay, STEPS, LOG_STEPS, CHANNELS), rows_of(added, STEPS, LOG_STEPS, CHANNELS)
+    before, after = (), ()
+    for t in tl.static_range(STEPS):
+        before = before + (h,)
+        h = decays[t] * h + addeds[t]
+        after = after + (h,)
+    return tile_of(before, STEPS, LOG_STEPS, CHANNELS), tile_of(after, STEPS, LOG_STEPS, CHANNELS), h
+
+
+@triton.jit
+def gradients_of_tile(decay, added, q, STEPS: tl.constexpr, LOG_STEPS: tl.constexpr, CHANNELS: tl.constexpr):
+    """The recurrence g = added + q, q = decay·g over a tile backwards: g and q of the steps, and the last q."""
+    decays, addeds = rows_of(decay, STEPS, LOG_STEPS, CHANNELS), rows_of(added, STEPS, LOG_STEPS, CHANNELS)
+    g_steps, q_steps = (), ()
+    for t in tl.static_range(STEPS - 1, -1, -1):
+        g = addeds[t] + q
+        q = decays[t] * g
+        g_steps, q_steps = (g,) + g_steps, (q,) + q_steps
+    return tile_of(g_steps, STEPS, LOG_STEPS, CHANNELS), tile_of(q_steps, STEPS, LOG_STEPS, CHANNELS), q
+
+
+@triton.jit
+def sum_channels(
+    first, second, columns, EXACT_DOT: tl.constexpr, SPLIT: tl.constexpr,
+    STEPS: tl.constexpr, LOG_STEPS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Sums over channels of two tiles, as the first two of 16 columns, (STEPS, 16)."""
+    if EXACT_DOT:
+        first, second = tl.sum(first, 1, keep_dims=True), tl.sum(second, 1, keep_dims=True)
+        both = tl.where(columns[None, :] == 0, first, second)
+    else:
+        one = tl.broadcast_to(tl.where(columns == 0, 1.0, 0.0).to(tl.bfloat16)[None, :], (CHANNELS, 16))
+        two = tl.broadcast_to(tl.where(columns == 1, 1.0, 0.0).to(tl.bfloat16)[None, :], (CHANNELS, 16))
+        first, first_rest = halves(first, STEPS, LOG_STEPS, CHANNELS)
+        second, second_rest = halves(second, STEPS, LOG_STEPS, CHANNELS)
+        both = tl.dot(second, two, tl.dot(first, one))
+        if SPLIT:
+            both = tl.dot(second_rest, two, tl.dot(first_rest, one, both))
+    return both
+
+
+@triton.jit
+def low_rank_gradients(
+    draw, dts, matrix, dweight, EXACT_DOT: tl.constexpr, SPLIT: tl.constexpr,
+    STEPS: tl.constexpr, LOG_STEPS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the rows of dt, draw·weightᵀ (STEPS, RANKS), and of the weight, with dtᵀ·draw added."""
+    if EXACT_DOT:
+        ddts = tl.dot(draw, tl.trans(matrix), input_precision="ieee")
+        dweight = tl.dot(tl.trans(dts.to(tl.float32)), draw, dweight, input_precision="ieee")
+    else:
+        draw, draw_rest = halves(draw, STEPS, LOG_STEPS, CHANNELS)
+        high = matrix.to(tl.bfloat16)
+        ddts = tl.dot(draw, tl.trans(high))
+        rows = dts.to(tl.bfloat16)
+        dweight = tl.dot(tl.trans(rows), draw, dweight)
+        if SPLIT:
+            rest = (matrix - high.to(tl.float32)).to(tl.bfloat16)
+            ddts = tl.dot(draw_rest, tl.trans(high), tl.dot(draw, tl.trans(rest), ddts))
+            rows_rest = (dts.to(tl.float32) - rows.to(tl.float32)).to(tl.bfloat16)
+            dweight = tl.dot(tl.trans(rows_rest), draw, tl.dot(tl.trans(rows), draw_rest, dweight))
+    return ddts, dweight

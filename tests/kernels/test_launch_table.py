@@ -1,0 +1,81 @@
+"""Launch sizes: the heuristic, the user's table, and sizes forced for a trial."""
+
+import json
+import logging
+from dataclasses import asdict
+
+import pytest
+import torch
+
+from vssm_kernels import launch_table
+from vssm_kernels.launch_table import LaunchConfig, candidates, forced, key, launch_config
+from vssm_kernels.scan_call import ScanCall
+
+TUNED = LaunchConfig(steps=32, channels=64, chunks=3, registers=200)
+
+
+def _call(batch: int, directions: int, width: int, states: int, tokens: int, *, chain: bool = False) -> ScanCall:
+    sets = 1 if chain else directions
+    empty = lambda *shape: torch.empty(*shape, device="meta", dtype=torch.bfloat16)  # noqa: E731
+    order = torch.empty(directions, tokens, device="meta", dtype=torch.int32)
+    matrices = empty(batch, tokens, sets, states)
+    return ScanCall(
+        empty(batch, tokens, width), empty(batch, tokens, sets, 6), empty(sets, width, states), matrices, matrices,
+        None, empty(sets, width, 6), None, None, order, None, True, "token", chain, True, False, None,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def table(monkeypatch, tmp_path):
+    """An empty cache folder; gives the path of its table."""
+    monkeypatch.setenv("VSSM_CACHE", str(tmp_path))
+    launch_table._user_table.cache_clear()
+    yield tmp_path / "launch_table.json"
+    launch_table._user_table.cache_clear()
+
+
+def test_key_says_what_sizes_depend_on():
+    call = _call(100, 4, 96, 1, 3136)
+    assert key(call, backward=False) == "forward b128 k4 d96 n1 t3136 r6 bfloat16"
+    assert key(_call(2, 3, 8, 4, 49, chain=True), backward=True) == "backward b2 k1 d8 n4 t147 r6 bfloat16"
+
+
+@pytest.mark.usefixtures("table")
+def test_sequences_are_cut_only_where_they_are_few():
+    assert launch_config(_call(128, 4, 96, 1, 3136), backward=False).chunks == 1
+    few = launch_config(_call(8, 1, 384, 16, 6085), backward=False)
+    assert 8 * 12 * few.chunks >= 1500
+    assert launch_config(_call(1, 1, 16, 16, 130), backward=False).chunks == 1  # no chunk of a few steps
+
+
+def test_candidates_start_with_the_usual():
+    spelled = key(_call(8, 1, 384, 16, 6085), backward=False)
+    found = candidates(spelled)
+    assert found[0] == launch_table.heuristic(launch_table._parsed(spelled))
+    assert len(set(found)) == len(found) > 10
+    with pytest.raises(ValueError, match="expected a key such as 'forward b8"):
+        candidates("forward b8")
+
+
+def test_forced_sizes_hold_for_a_block():
+    call = _call(2, 1, 8, 4, 64)
+    with forced(TUNED):
+        assert launch_config(call, backward=True) == TUNED
+    assert launch_config(call, backward=True) != TUNED
+
+
+def test_users_table_is_used_for_its_key(table):
+    call = _call(2, 1, 8, 4, 64)
+    row = asdict(TUNED) | {"ms": 0.1, "version": "0"}
+    table.write_text(json.dumps({"meta": {key(call, backward=False): row}, "other": {}}))
+    assert launch_config(call, backward=False) == TUNED
+    assert launch_config(call, backward=True) != TUNED
+
+
+@pytest.mark.parametrize("content", ["not json", "[]", '{"meta": {"a": {"steps": 16}}}', '{"meta": {"a": 1}}'])
+def test_a_file_that_is_no_table_is_one_warning(table, caplog, content):
+    table.write_text(content)
+    with caplog.at_level(logging.WARNING, logger="vssm"):
+        for _ in range(2):
+            assert launch_config(_call(2, 1, 8, 4, 64), backward=False).steps == 16
+    assert [record.getMessage().split(" is ")[0] for record in caplog.records] == [str(table)]
