@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -175,6 +175,7 @@ def test_a_file_that_is_no_table_is_refused_and_stays(kernels, content):
 
 def test_command_prints_what_it_found(kernels, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(vssm.cli.tune, "_gpu", lambda place: CPU)
+    monkeypatch.setattr(vssm.cli.tune, "use_backend", lambda name: nullcontext())  # auto would compile for the CPU
     argv = ["tune", "--shapes", "1,4,2,8", "--dtype", "float32,bfloat16", "--output", str(tmp_path / "table.json")]
     assert main(argv) == 0
     lines = capsys.readouterr().out.splitlines()
