@@ -109,16 +109,14 @@ def scan_forward_kernel(
     places += walk % tables * 2 * padded
     gaps += walk % tables * padded
     matrices += walk * 2 * N * padded
-    matrix = tl.load(
-        weight + sequence * rank * width + ranks[:, None] + lanes[None, :] * rank,
-        mask=(ranks < rank)[:, None] & inside[None, :], other=0.0,
-    ).to(tl.float32) * LOG2_E  # fmt: skip
-    offset = tl.zeros((1, CHANNELS), tl.float32)
-    if HAS_BIAS:
-        offset = tiles.load_row(bias + sequence * width, lanes, inside, FULL) * LOG2_E
-    idle = tiles.softplus(offset, PRECISE, NVIDIA) if SOFTPLUS else offset
-    if HAS_SKIP:
-        skip = tiles.load_row(D + sequence * width, lanes, inside, FULL)
+    of_matrix = ranks[:, None] + lanes[None, :] * rank
+    inside_matrix = (ranks < rank)[:, None] & inside[None, :]
+    matrix = (
+        tl.load(weight + sequence * rank * width + of_matrix, mask=inside_matrix, other=0.0).to(tl.float32) * LOG2_E
+    )
+    offset, idle, skip = tiles.load_channels(
+        bias, D, sequence * width, lanes, inside, HAS_BIAS, HAS_SKIP, SOFTPLUS, PRECISE, NVIDIA, FULL, CHANNELS
+    )
 
     entry = walks * N * width  # of one state of every walk
     kept = states + chunk_index * entry + walk * N * width
@@ -275,12 +273,9 @@ def scan_adjoint_kernel(
     of_matrix = ranks[:, None] + lanes[None, :] * rank
     inside_matrix = (ranks < rank)[:, None] & inside[None, :]
     matrix = tl.load(weight + sequence * rank * width + of_matrix, mask=inside_matrix, other=0.0).to(tl.float32)
-    offset = tl.zeros((1, CHANNELS), tl.float32)
-    if HAS_BIAS:
-        offset = tiles.load_row(bias + sequence * width, lanes, inside, FULL) * LOG2_E
-    idle = tiles.softplus(offset, PRECISE, NVIDIA) if SOFTPLUS else offset
-    if HAS_SKIP:
-        skip = tiles.load_row(D + sequence * width, lanes, inside, FULL)
+    offset, idle, skip = tiles.load_channels(
+        bias, D, sequence * width, lanes, inside, HAS_BIAS, HAS_SKIP, SOFTPLUS, PRECISE, NVIDIA, FULL, CHANNELS
+    )
 
     entry = walks * N * width  # of one state of every walk
     of_walk = chunk_index * entry + walk * N * width

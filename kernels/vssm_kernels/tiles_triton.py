@@ -130,6 +130,22 @@ def add_row(base, row, lanes, inside, FULL: tl.constexpr):
 
 
 @triton.jit
+def load_channels(
+    bias, D, first, lanes, inside,
+    HAS_BIAS: tl.constexpr, HAS_SKIP: tl.constexpr, SOFTPLUS: tl.constexpr, PRECISE: tl.constexpr,
+    NVIDIA: tl.constexpr, FULL: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Of each channel, (1, CHANNELS): the bias of its step, the step of an idle token, and the skip connection."""
+    offset, skip = tl.zeros((1, CHANNELS), tl.float32), tl.zeros((1, CHANNELS), tl.float32)
+    if HAS_BIAS:
+        offset = load_row(bias + first, lanes, inside, FULL) * LOG2_E
+    if HAS_SKIP:
+        skip = load_row(D + first, lanes, inside, FULL)
+    idle = softplus(offset, PRECISE, NVIDIA) if SOFTPLUS else offset
+    return offset, idle, skip
+
+
+@triton.jit
 def load_tokens(base, tokens, token_stride, lanes, inside, FULL: tl.constexpr):
     """The rows of channels of tokens, (STEPS, CHANNELS)."""
     at = base + tokens[:, None] * token_stride + lanes[None, :]
