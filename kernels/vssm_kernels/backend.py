@@ -61,7 +61,16 @@ class use_backend:
 
 
 def backend_for(device_type: str) -> ModuleType:
-    """The module that runs a scan on tensors of ``device_type``; says so in the log the first time.
+    """The module that runs a scan on tensors of ``device_type``.
+
+    Raises:
+        ValueError: If the backend that was asked for does not run there.
+    """
+    return importlib.import_module(_MODULES[backend_name(device_type)])
+
+
+def backend_name(device_type: str) -> str:
+    """Which backend runs on tensors of ``device_type``; says so in the log the first time.
 
     Raises:
         ValueError: If the backend that was asked for does not run there.
@@ -77,7 +86,7 @@ def backend_for(device_type: str) -> ModuleType:
     if (name, device_type) not in _announced:
         _announced.add((name, device_type))
         _announce(name, device_type)
-    return importlib.import_module(_MODULES[name])
+    return name
 
 
 def _fastest(device_type: str) -> str:

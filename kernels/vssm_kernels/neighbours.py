@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vssm_kernels.backend import backend_for
+from vssm_kernels.backend import backend_name
 
 
 def implementation(op: str, *tensors: Tensor) -> ModuleType:
@@ -16,7 +16,7 @@ def implementation(op: str, *tensors: Tensor) -> ModuleType:
     That is its Triton one where the scan runs in Triton, whose kernels compute in float32, and else its torch one.
     """
     narrow = all(tensor.dtype != torch.float64 for tensor in tensors)
-    triton = narrow and backend_for(tensors[0].device.type).__name__ == "vssm_kernels.launch"
+    triton = narrow and backend_name(tensors[0].device.type) == "triton"
     return importlib.import_module(f"vssm_kernels.{op}_{'triton' if triton else 'torch'}")
 
 
