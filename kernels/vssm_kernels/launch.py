@@ -97,11 +97,10 @@ class _Launch:
         return space if call.steps == call.tokens else space.zero_()
 
     def chunk_starts(self) -> tuple[Tensor | None, Tensor]:
-        """The state every chunk starts from (None if there is but one), and the sums of its decay steps."""
-        totals = self.empty(self.chunks, self.walks, self.call.width)
+        """The state every chunk starts from, and the sums of its decay steps; None and nothing if there is but one."""
         if self.chunks == 1:
-            return None, totals
-        ends = self.states(self.chunks)
+            return None, self.none
+        ends, totals = self.states(self.chunks), self.empty(self.chunks, self.walks, self.call.width)
         self._forward(states=ends, totals=totals, WRITE_TOTALS=True)
         self._carry(ends, totals, None, reverse=False)
         return ends, totals
@@ -121,11 +120,11 @@ class _Launch:
         y = self.visits(call.width, dtype)
         states = self.states(self.tiles + self.chunks if of_tiles else self.chunks)
         in_kernel = gated and not merging
-        gate = {} if not in_kernel or call.z is None else self._visit_rows(call.z).arguments("z")
+        gate = {} if not in_kernel or call.z is None else self._rows(call.z).arguments("z")
         self._forward(
             start=start,
             states=states,
-            **self._visit_rows(y).arguments("y"),
+            **self._rows(y).arguments("y"),
             **gate,
             WRITE_Y=True,
             WRITE_STATES=of_tiles,
@@ -165,12 +164,12 @@ class _Launch:
         }
         for name in ("B", "C"):
             found[f"d{name}"] = self.none if self.switches[f"{name}_PER_TOKEN"] else self.states(self.chunks)
-        ddt = {} if low_rank else self._visit_rows(found.pop("ddt")).arguments("ddt")
+        ddt = {} if low_rank else self._rows(found.pop("ddt")).arguments("ddt")
         self._adjoint(
             dy,
             **found,
             **ddt,
-            **self._visit_rows(dx).arguments("dx"),
+            **self._rows(dx).arguments("dx"),
             states=states,
             later=later[0],
             HAS_LATER=later[1],
@@ -201,7 +200,7 @@ class _Launch:
         self._run(
             kernels.scan_adjoint_kernel,
             **dict.fromkeys(tensors, self.none) | strides | modes | arguments,
-            **self._token_rows(dy).arguments("dy"),
+            **self._rows(dy).arguments("dy"),
             states=self.none if states is None else states,
             HAS_STATES=states is not None,
             SHARED_DY=call.merge,
@@ -278,10 +277,9 @@ class _Launch:
         call, config = self.call, self.config
         low_rank = call.dt_weight is not None
         rank = call.dt.shape[-1] if low_rank else 1
-        x = self._token_rows(call.x) if call.x.ndim == 3 else self._visit_rows(call.x)
         dt = _last_contiguous(call.dt)
         return {
-            **x.arguments("x"),
+            **self._rows(call.x).arguments("x"),
             **_Rows(dt, dt.stride(0), dt.stride(1), dt.stride(2)).arguments("dt"),
             "weight": self.none if call.dt_weight is None else call.dt_weight.contiguous(),
             "bias": self.none if call.dt_bias is None else call.dt_bias.contiguous(),
@@ -329,22 +327,13 @@ class _Launch:
         largest = call.tokens * distance
         return tl.int32 if largest < 2**31 else tl.int64
 
-    def _token_rows(self, tensor: Tensor) -> _Rows:
-        """A tensor (b, l, d) that all directions share, or one with directions."""
-        if tensor.ndim == 4:
-            return self._visit_rows(tensor)
-        tensor = _last_contiguous(tensor)
-        return _Rows(tensor, tensor.stride(0), tensor.stride(1), 0)
-
-    def _visit_rows(self, tensor: Tensor) -> _Rows:
-        """A tensor (b, l, k, d), whose rows a chained scan counts as visits; or (b, l, d)."""
-        if tensor.ndim == 3:
-            return self._token_rows(tensor)
-        if self.call.chain:
+    def _rows(self, tensor: Tensor) -> _Rows:
+        """A tensor (b, l, d), or (b, l, k, d), whose rows a chained scan counts as visits."""
+        if tensor.ndim == 4 and self.call.chain:
             tensor = tensor.contiguous()
             return _Rows(tensor, tensor.stride(0), tensor.shape[-1], 0)
         tensor = _last_contiguous(tensor)
-        return _Rows(tensor, tensor.stride(0), tensor.stride(1), tensor.stride(2))
+        return _Rows(tensor, tensor.stride(0), tensor.stride(1), tensor.stride(2) if tensor.ndim == 4 else 0)
 
     def _gathered(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
         """Gradients in the shapes of the inputs, from sums over visits, chunks, samples and blocks of channels."""
@@ -380,7 +369,7 @@ class _Launch:
         """Partial gradients (blocks, b·k, tiles, steps, columns), summed and as (b, l, k, columns)."""
         call, columns = self.call, partial.shape[-1]
         out = self.visits(columns, dtype)
-        to = self._visit_rows(out)
+        to = self._rows(out)
         grid = (self.walks, math.ceil(self.length / _PACKED))
         if grid[0] and grid[1]:
             with torch.accelerator.device_index(call.x.device.index):

@@ -38,12 +38,8 @@ def _openmp() -> Any:
         parallel = ctypes.CDLL(None).GOMP_parallel
     except (AttributeError, OSError, TypeError):  # another runtime, or another system
         return None
-    parallel.argtypes = [
-        _Function,
-        ctypes.c_void_p,
-        ctypes.c_uint,
-        ctypes.c_uint,
-    ]  # function, its argument, threads, flags
+    # Function, its argument, threads, flags.
+    parallel.argtypes = [_Function, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
     parallel.restype = None
     return parallel
 
