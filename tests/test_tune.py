@@ -82,7 +82,7 @@ def kernels(monkeypatch, tmp_path) -> FakeTable:
         "measure_kernels",
         lambda call, setting: ({"median": {None: 9.0, 16: 2.0, 32: 1.0}[table.active]}, False),
     )
-    monkeypatch.setattr(vssm.engine.tune, "launch_table", lambda: table)
+    monkeypatch.setattr(vssm.engine.tune, "launch_table", table)
     return table
 
 

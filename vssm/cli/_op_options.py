@@ -10,10 +10,15 @@ from vssm.cli._options import positive_int
 from vssm.engine.op_shapes import Anchor, OpShape, read_anchors, read_shapes
 from vssm.engine.op_subjects import RIVALS
 
-SHAPES_HELP = "default, lengths, vision or vmamba_tiny; a JSON file of b, k, d, n, l, r and order; or b,d,n,l;..."
+_SHAPES_HELP = "default, lengths, vision or vmamba_tiny; a JSON file of b, k, d, n, l, r and order; or b,d,n,l;..."
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 _Value = TypeVar("_Value")
+
+
+def add_shapes(parser: argparse._ActionsContainer, default: str) -> None:
+    """Adds ``--shapes``."""
+    parser.add_argument("--shapes", type=shapes, default=default, metavar="SET|FILE|SIZES", help=_SHAPES_HELP)
 
 
 def shapes(text: str) -> list[OpShape]:

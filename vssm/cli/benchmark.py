@@ -88,9 +88,7 @@ def _add_op_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--op", action="store_true", help="measure directional_scan and selective_scan, forward and backward"
     )
-    group.add_argument(
-        "--shapes", type=_op_options.shapes, default="default", metavar="SET|FILE|SIZES", help=_op_options.SHAPES_HELP
-    )
+    _op_options.add_shapes(group, "default")
     group.add_argument(
         "--against",
         type=_op_options.rivals,

@@ -18,9 +18,7 @@ _COLUMNS = ["op", "b", "k", "d", "n", "l", "dtype", "phase", "candidates", "fail
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of this command."""
-    parser.add_argument(
-        "--shapes", type=_op_options.shapes, default="vision", metavar="SET|FILE|SIZES", help=_op_options.SHAPES_HELP
-    )
+    _op_options.add_shapes(parser, "vision")
     parser.add_argument(
         "--dtype",
         type=_op_options.dtypes,

@@ -1,14 +1,12 @@
 """Finds the fastest launch sizes of the Triton kernels on the GPU at hand, and keeps them in a table."""
 
-import importlib
 import json
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -20,32 +18,12 @@ from vssm.engine.op_shapes import OpShape
 from vssm.engine.op_subjects import Subject, subjects
 from vssm.engine.records import environment
 from vssm.files import atomic_path
-from vssm_kernels import use_backend
+from vssm_kernels import launch_table, use_backend
 from vssm_kernels.scan_call import ScanCall
 
 _logger = logging.getLogger(__name__)
 _PHASES = ("forward", "backward")
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}  # of the kernels' own tests
-
-
-class LaunchTable(Protocol):
-    """All that tuning asks of ``vssm_kernels.launch_table``; a launch configuration is a dataclass."""
-
-    def key(self, call: ScanCall, *, backward: bool) -> str:
-        """Under which the table holds a call."""
-        ...
-
-    def candidates(self, key: str) -> Sequence[Any]:
-        """The configurations to try."""
-        ...
-
-    def forced(self, config: Any) -> AbstractContextManager:
-        """Makes every launch inside use ``config``."""
-        ...
-
-    def user_table_path(self) -> Path:
-        """Where the kernels look for the user's table."""
-        ...
 
 
 class _Job(NamedTuple):
@@ -63,7 +41,6 @@ def tune(
     dtypes: Sequence[torch.dtype],
     path: Path | None = None,
     force: bool = False,
-    kernels: LaunchTable | None = None,
 ) -> list[dict]:
     """Times every candidate configuration of both passes of both public functions, and writes the fastest.
 
@@ -77,7 +54,6 @@ def tune(
         dtypes: Of the inputs.
         path: The table; the one that the kernels read when not given.
         force: Search again what the table already holds for this device and version.
-        kernels: ``vssm_kernels.launch_table`` when not given.
 
     Returns:
         One record per shape, dtype, function and pass: ``op``, the sizes, ``dtype``, ``phase``, ``key``; unless it was
@@ -85,19 +61,18 @@ def tune(
         the fastest, both ``None`` where no candidate works.
 
     Raises:
-        ValueError: There is no Triton here, or the table is not one.
+        ValueError: The table is not one.
     """
-    api = launch_table() if kernels is None else kernels
-    path = api.user_table_path() if path is None else path
+    path = launch_table.user_table_path() if path is None else path
     surroundings = environment(setting.device)
     device_name, version = str(surroundings["device_name"]), surroundings["vssm"]
     records = []
     with side_stream(setting.device):
         bar = tqdm(total=4 * len(shapes) * len(dtypes), desc="tuning", disable=not sys.stderr.isatty())
-        for job, expected in _jobs(api, shapes, setting.device, dtypes):
+        for job, expected in _jobs(shapes, setting.device, dtypes):
             held = read_table(path).get(device_name, {}).get(job.key)
             if force or held is None or held.get("version") != version:
-                found = _search(api, job, setting, expected)
+                found = _search(job, setting, expected)
                 if found["config"] is not None:
                     _write_entry(path, device_name, job.key, found["config"] | {"ms": found["ms"], "version": version})
             else:
@@ -106,18 +81,6 @@ def tune(
             bar.update()
         bar.close()
     return records
-
-
-def launch_table() -> LaunchTable:
-    """The kernels' module of launch sizes.
-
-    Raises:
-        ValueError: Triton is not installed.
-    """
-    try:
-        return cast(LaunchTable, importlib.import_module("vssm_kernels.launch_table"))
-    except ImportError as error:
-        raise ValueError(f"tune: there are no launch sizes to tune without Triton: {error}") from None
 
 
 def read_table(path: Path) -> dict[str, dict[str, dict]]:
@@ -147,7 +110,7 @@ def _write_entry(path: Path, device_name: str, key: str, entry: dict) -> None:
 
 
 def _jobs(
-    api: LaunchTable, shapes: Sequence[OpShape], device: torch.device, dtypes: Sequence[torch.dtype]
+    shapes: Sequence[OpShape], device: torch.device, dtypes: Sequence[torch.dtype]
 ) -> Iterator[tuple[_Job, Callable[[], Sequence[Tensor]]]]:
     """Every pass to tune, with a call that computes what is right."""
     for shape in shapes:
@@ -155,7 +118,7 @@ def _jobs(
             for subject in subjects(shape, device, dtype):
                 scan_call, calls = _recorded(subject), phase_calls(subject)
                 for phase in _PHASES:
-                    key = api.key(scan_call, backward=phase == "backward")
+                    key = launch_table.key(scan_call, backward=phase == "backward")
                     facts = {"op": subject.name, **shape._asdict(), "dtype": str(dtype).removeprefix("torch.")}
                     yield _Job(key, calls[phase], facts | {"phase": phase, "key": key}), _by_torch(calls[phase])
 
@@ -168,17 +131,15 @@ def _by_torch(call: Callable[[], Sequence[Tensor]]) -> Callable[[], Sequence[Ten
     return expected
 
 
-def _search(
-    api: LaunchTable, job: _Job, setting: OpSetting, expected: Callable[[], Sequence[Tensor]]
-) -> dict[str, Any]:
+def _search(job: _Job, setting: OpSetting, expected: Callable[[], Sequence[Tensor]]) -> dict[str, Any]:
     """The fastest of the candidates, and how many there were."""
-    candidates, right = api.candidates(job.key), expected()
+    candidates, right = launch_table.candidates(job.key), expected()
     before = measure_kernels(job.call, setting)[0]["median"]
     times: dict[int, float] = {}
     failed = refused = 0
     for index, config in enumerate(candidates):
         try:
-            with api.forced(config):
+            with launch_table.forced(config):
                 error = _largest_error(job.call(), right)
                 fits = error <= _TOLERANCE[getattr(torch, job.facts["dtype"])]  # false for nan
                 if fits:
