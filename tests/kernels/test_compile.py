@@ -5,22 +5,14 @@ import re
 
 import pytest
 
-triton = pytest.importorskip("triton", reason="Triton is not on every platform")
+pytest.importorskip("triton", reason="Triton is not on every platform")
 
-import triton.language as tl  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+import triton.language as tl
 
-from compiled import stack_bytes  # noqa: E402
-from vssm_kernels import scan_triton  # noqa: E402
+from compiled import H100, TARGETS, compile_kernel, stack_bytes
+from vssm_kernels import scan_triton
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile")
-
-H100 = GPUTarget("cuda", 90, 32)
-TARGETS = [
-    *(GPUTarget("cuda", capability, 32) for capability in (75, 80, 86, 89, 90, 120)),
-    GPUTarget("hip", "gfx942", 64),
-]
 
 VIM = {"RANKS": 16, "ONE_STATE": False}
 VMAMBA = {"RANKS": 16, "ONE_STATE": True}
@@ -32,50 +24,40 @@ USUAL = {
 }  # fmt: skip
 PLAIN_FLOAT32 = {"HALF_DOT": False, "PRECISE": True, "EXACT_DOT": True}
 INTEGERS = ("places", "order", "gap")
-HALF = ("x", "dt", "z", "y", "dy", "dx", "parts", "out", "dz", "ddt_full")
+HALF = ("x", "dt", "z", "y", "dy", "dx", "parts", "out", "dz")
 MULTIPLES_OF_16 = ("chunk", "padded", "width", "x_token", "x_sample", "y_token", "y_sample")  # as in most models
 
 
-def _compile(kernel, target, half, constants, *, warps=1, registers=None):
-    """Compiles a kernel: pointers by their names, numbers as integers, ``constants`` as they are."""
-    signature, fixed, hints = {}, {}, {}
-    for index, parameter in enumerate(kernel.params):
-        name = parameter.name
-        if parameter.is_constexpr:
-            signature[name], fixed[name] = "constexpr", constants[name]
-        elif name in constants:  # "*": a pointer; else a number
-            signature[name] = constants[name]
-        elif re.search(r"_(sample|token|direction|state|stride|row|tables)$", name) or name in _NUMBERS:
-            signature[name] = "i32"
-            if name in MULTIPLES_OF_16:
-                hints[(index,)] = [["tt.divisibility", 16]]
-        else:
-            signature[name] = "*" + ("i32" if name in INTEGERS else half if name in HALF else "fp32")
-            hints[(index,)] = [["tt.divisibility", 16]]
-    options = {"num_warps": warps, "num_stages": 1} | ({"maxnreg": registers} if registers else {})
-    return triton.compile(ASTSource(kernel, signature, fixed, hints), target=target, options=options)
-
-
-_NUMBERS = (
+NUMBERS = (
     "samples", "sequences", "chained", "length", "padded", "chunk", "chunks", "walks", "width", "N", "rank", "tables",
     "unaligned", "steps", "blocks", "columns", "directions",
 )  # fmt: skip
 
 
-def _forward(target, half, *switches, registers=None):
+def _compile(kernel, target, half, constants, *, numbers=NUMBERS, **options):
+    def type_of(name):
+        if name in numbers or re.search(r"_(sample|token|direction|state|stride|row|tables)$", name):
+            return "i32"
+        return "*" + ("i32" if name in INTEGERS else half if name in HALF else "fp32")
+
+    options = {"num_warps": 1, "num_stages": 1} | options
+    return compile_kernel(kernel, target, constants, type_of, multiples_of_16=MULTIPLES_OF_16, **options)
+
+
+def _forward(target, half, *switches, **options):
     modes = {"GATED": True, "HAS_START": True, "WRITE_Y": True, "WRITE_STATES": False, "WRITE_TOTALS": False}
     constants = USUAL | modes | {"NVIDIA": target.backend == "cuda"}
     for each in switches:
         constants |= each
-    return _compile(scan_triton.scan_forward_kernel, target, half, constants, registers=registers)
+    return _compile(scan_triton.scan_forward_kernel, target, half, constants, **options)
 
 
-def _adjoint(target, half, *switches, registers=None):
+def _adjoint(target, half, *switches, **options):
     modes = {"SHARED_DY": True, "HAS_STATES": True, "HAS_LATER": True, "ONLY_EARLIER": False}
     constants = USUAL | modes | {"EXACT_DOT": False, "SPLIT": half == "fp16", "NVIDIA": target.backend == "cuda"}
     for each in switches:
         constants |= each
-    return _compile(scan_triton.scan_adjoint_kernel, target, half, constants, registers=registers)
+    return _compile(scan_triton.scan_adjoint_kernel, target, half, constants, **options)
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: f"{target.backend}-{target.arch}")
@@ -116,24 +98,24 @@ def test_passes_over_chunks(model):
 @pytest.mark.parametrize(("model", "registers"), [(VIM, 168), (VMAMBA, 128)], ids=["vim", "vmamba"])
 def test_a_thread_holds_the_steps_of_its_channels(model, registers, tmp_path):
     """So the recurrence needs no shuffles, and its registers suffice: nothing is spilt to memory."""
-    compiled = _forward(H100, "bf16", model, {"GATED": False, "HAS_START": False}, registers=registers)
+    compiled = _forward(H100, "bf16", model, {"GATED": False, "HAS_START": False}, maxnreg=registers)
     assert "shfl" not in compiled.asm["ptx"]
     assert stack_bytes(compiled, tmp_path) == 0
 
 
 def test_small_kernels():
-    elementwise = {"ROWS": 16, "BLOCK": 128, "GATED": True, "rows": "i32"}
+    elementwise = {"ROWS": 16, "BLOCK": 128, "GATED": True}
     pack = {
         "HAS_ORDER": True, "HAS_GAP": True, "CHAIN": True, "STEP_PARAMS": True, "B_PER_TOKEN": True,
-        "C_PER_TOKEN": True, "BLOCK": 64, "STEPS": 16, "STATES": 16, "states": "i32",
+        "C_PER_TOKEN": True, "BLOCK": 64, "STEPS": 16, "STATES": 16,
     }  # fmt: skip
     carry = {"HAS_FIRST": True, "REVERSE": True, "CHANNELS": 32, "PRECISE": True, "NVIDIA": True}
     unpack = {"CHAIN": False, "BLOCK": 64, "STEPS": 16, "COLUMNS": 8}
-    for kernel, constants in (
-        (scan_triton.merge_kernel, elementwise),
-        (scan_triton.gate_adjoint_kernel, elementwise),
-        (scan_triton.pack_kernel, pack),
-        (scan_triton.carry_kernel, carry),
-        (scan_triton.unpack_kernel, unpack),
+    for kernel, constants, also_numbers in (
+        (scan_triton.merge_kernel, elementwise, ("rows",)),
+        (scan_triton.gate_adjoint_kernel, elementwise, ("rows",)),
+        (scan_triton.pack_kernel, pack, ("states",)),
+        (scan_triton.carry_kernel, carry, ()),
+        (scan_triton.unpack_kernel, unpack, ()),
     ):
-        assert _compile(kernel, H100, "bf16", constants, warps=4).asm
+        assert _compile(kernel, H100, "bf16", constants, numbers=NUMBERS + also_numbers, num_warps=4).asm

@@ -4,48 +4,34 @@ import os
 
 import pytest
 
-triton = pytest.importorskip("triton", reason="Triton is not on every platform")
+pytest.importorskip("triton", reason="Triton is not on every platform")
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
-
-from compiled import stack_bytes  # noqa: E402
-from vssm_kernels import causal_conv_triton  # noqa: E402
+from compiled import H100, TARGETS, compile_kernel, stack_bytes
+from vssm_kernels import causal_conv_triton
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile")
 
-H100 = GPUTarget("cuda", 90, 32)
-TARGETS = [*(GPUTarget("cuda", capability, 32) for capability in (75, 80, 86, 89, 120)), GPUTarget("hip", "gfx942", 64)]
-COUNTS = ("length", "chunks", "rows")
-FLOAT32 = ("weight", "bias", "sums")
-ALIGNED = [["tt.divisibility", 16]]
+STRIDES = ("_sample", "_token", "_direction")
 
 
-def _compile(kernel, target, dtype, warps, **constants):
-    """Compiles a kernel for aligned rows, as the launcher does: what is not a pointer is a number, by its name."""
-    signature, fixed, attributes = {}, {}, {}
-    for i, parameter in enumerate(kernel.params):
-        name = parameter.name
-        if parameter.is_constexpr:
-            signature[name], fixed[name] = "constexpr", constants[name]
-        elif name in COUNTS:
-            signature[name] = "i32"
-        elif name == "eps":
-            signature[name] = "fp32"
-        else:
-            number = name == "width" or name.endswith(("_sample", "_token", "_direction"))
-            signature[name] = "i32" if number else "*" + ("fp32" if name in FLOAT32 else dtype)
-            attributes[(i,)] = ALIGNED
-    source = ASTSource(kernel, signature, fixed, attributes)
-    return triton.compile(source, target=target, options={"num_warps": warps})
+def _type_of(name: str, dtype: str) -> str:
+    if name in ("width", "length", "chunks") or name.endswith(STRIDES):
+        return "i32"
+    return "*" + ("fp32" if name in ("weight", "bias", "sums") else dtype)
 
 
 def _convolutions(target, dtype, **switches):
     for name, config in (("forward", causal_conv_triton.FORWARD), ("backward", causal_conv_triton.BACKWARD)):
         sizes = {"CHUNK": config.chunk, "UNROLL": config.unroll, "BLOCK": config.block}
         vim = {"K": 2, "W": 4, "REVERSED": 0b10, "HAS_BIAS": True, "ACTIVATION": True, **sizes}
-        yield _compile(
-            getattr(causal_conv_triton, f"conv_{name}_kernel"), target, dtype, config.warps, **vim | switches
+        kernel = getattr(causal_conv_triton, f"conv_{name}_kernel")
+        yield compile_kernel(
+            kernel,
+            target,
+            vim | switches,
+            lambda argument: _type_of(argument, dtype),
+            multiples_of_16=("width", *(p.name for p in kernel.params if p.name.endswith(STRIDES))),  # as in any model
+            num_warps=config.warps,
         )
 
 
