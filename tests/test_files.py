@@ -2,6 +2,7 @@
 
 import os
 import stat
+from pathlib import Path
 
 import pytest
 
@@ -35,6 +36,19 @@ def test_failure_changes_nothing(tmp_path):
         fail()
     assert target.read_text() == "old"
     assert os.listdir(tmp_path) == ["results.json"]
+
+
+def test_an_interrupt_just_after_the_file_appears_leaves_none(tmp_path, monkeypatch):
+    touch = Path.touch
+
+    def interrupted(path, **options):
+        touch(path, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "touch", interrupted)
+    with pytest.raises(KeyboardInterrupt), atomic_path(tmp_path / "results.json"):
+        pass
+    assert os.listdir(tmp_path) == []
 
 
 def test_folders_are_made_and_others_may_read(tmp_path):

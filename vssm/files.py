@@ -1,7 +1,7 @@
 """Files that are never half-written: a temporary name beside the target, renamed when complete."""
 
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,22 +18,15 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{target.stem}-", suffix=target.suffix, dir=target.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
+    temporary = target.with_name(f".{target.stem}-{secrets.token_hex(8)}{target.suffix}")
+    try:  # the name comes before the file, so that an interrupt at any moment finds it here
+        temporary.touch(exist_ok=False)
         yield temporary
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files that only their owner can read
         os.replace(temporary, target)
     except OSError as error:
-        if error.filename in (None, name) and error.strerror:
+        if error.filename in (None, str(temporary)) and error.strerror:
             error.filename = str(target)  # a full disk does not say which file it was, and nobody knows the other name
         raise
     finally:
         temporary.unlink(missing_ok=True)
 
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
