@@ -7,6 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from vssm.scan_order import BUILDERS, gather, restrict, scan_order, scatter
 
 GRIDS = [(1, 1), (1, 7), (7, 1), (2, 2), (4, 5), (5, 5), (7, 7)]
+EVEN_GRIDS = [(2, 2), (2, 6), (8, 2), (4, 6), (6, 4)]
 
 
 def walk_rows(height, width):
@@ -38,11 +39,22 @@ def walk_windows(height, width, window):
     return cells
 
 
+def walk_every_second(height, width, top, left, walk):
+    return [(top + 2 * y, left + 2 * x) for y, x in walk(height // 2, width // 2)]
+
+
 WALKS = {
     "row": lambda h, w: [walk_rows(h, w)],
     "column": lambda h, w: [walk_columns(h, w)],
     "bidirectional": lambda h, w: [walk_rows(h, w), walk_rows(h, w)[::-1]],
     "cross": lambda h, w: [walk_rows(h, w), walk_columns(h, w), walk_rows(h, w)[::-1], walk_columns(h, w)[::-1]],
+    "cross_rest": lambda h, w: [walk_rows(h, w)[::-1], walk_columns(h, w), walk_columns(h, w)[::-1]],
+    "atrous": lambda h, w: [
+        walk_every_second(h, w, 0, 0, walk_rows),
+        walk_every_second(h, w, 1, 0, walk_columns),
+        walk_every_second(h, w, 0, 1, walk_rows),
+        walk_every_second(h, w, 1, 1, walk_columns),
+    ],
     "snake": lambda h, w: [
         walk_row_snake(h, w),
         walk_row_snake(h, w)[::-1],
@@ -56,8 +68,9 @@ def as_table(walks, width):
     return torch.tensor([[y * width + x for y, x in walk] for walk in walks], dtype=torch.int32)
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-@pytest.mark.parametrize("name", WALKS)
+@pytest.mark.parametrize(
+    ("name", "grid"), [(name, grid) for name in WALKS for grid in (EVEN_GRIDS if name == "atrous" else GRIDS)], ids=str
+)
 def test_order_equals_written_out_walk(name, grid):
     order = scan_order(name, *grid)
     assert order.dtype == torch.int32
@@ -77,10 +90,16 @@ def test_every_builder_has_a_walk_to_compare_with():
 
 
 @pytest.mark.parametrize("grid", [(6, 9), (14, 14)], ids=str)
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("name", [name for name in BUILDERS if name != "atrous"])
 def test_each_row_is_a_permutation(name, grid):
     order = scan_order(name, *grid, window=7 if name == "window" else None)
     assert torch.equal(order.sort(1).values, torch.arange(grid[0] * grid[1], dtype=torch.int32).expand_as(order))
+
+
+def test_atrous_rows_visit_every_token_once_together():
+    order = scan_order("atrous", 6, 10)
+    assert order.shape == (4, 15)
+    assert torch.equal(order.flatten().sort().values, torch.arange(60, dtype=torch.int32))
 
 
 def test_padded_windows_are_a_restriction_of_the_padded_grid():
@@ -103,6 +122,8 @@ def test_padded_windows_are_a_restriction_of_the_padded_grid():
         (("window", 4, 4), {}, r"'window' needs window, .* got None"),
         (("window", 4, 4), {"window": 0}, r"'window' needs window, .* got 0"),
         (("cross", 4, 4), {"window": 2}, r"got window=2 for 'cross'"),
+        (("atrous", 4, 5), {}, r"'atrous' needs even height and width, got 4 and 5; pad the grid"),
+        (("atrous", 3, 4), {}, r"'atrous' needs even height and width, got 3 and 4"),
     ],
 )
 def test_bad_arguments_are_named(arguments, options, message):
@@ -160,8 +181,13 @@ class ReadInOrder(torch.nn.Module):
         height, width = x.shape[1:3]
         order = scan_order(self.name, height, width, x.device, window=self.window)
         steps = gather(x.flatten(1, 2), order)
-        weight = torch.arange(1, height * width + 1, dtype=x.dtype)[:, None, None]
+        weight = torch.arange(1, order.shape[1] + 1, dtype=x.dtype)[:, None, None]
         return scatter(steps * weight, order, height * width)
+
+
+def multiple_of(name):
+    """What the sides of a grid must be multiples of."""
+    return 2 if name == "atrous" else 1
 
 
 @pytest.mark.parametrize("name", BUILDERS)
@@ -169,8 +195,8 @@ def test_compiles_with_dynamic_sizes_in_one_graph(name):
     module = ReadInOrder(name, window=3 if name == "window" else None)
     torch.compiler.reset()
     compiled = torch.compile(module, dynamic=True, fullgraph=True, backend="aot_eager")
-    for size in [(4, 5), (7, 7), (6, 11)]:
-        x = torch.randn(2, *size, 3)
+    for height, width in [(4, 5), (7, 7), (6, 11)]:
+        x = torch.randn(2, height * multiple_of(name), width * multiple_of(name), 3)
         torch.testing.assert_close(compiled(x), module(x))
 
 
@@ -178,11 +204,12 @@ def test_compiles_with_dynamic_sizes_in_one_graph(name):
 @pytest.mark.parametrize("name", BUILDERS)
 def test_exports_with_dynamic_height_and_width(name, strict):
     module = ReadInOrder(name, window=3 if name == "window" else None)
-    height, width = torch.export.Dim("height", min=2, max=64), torch.export.Dim("width", min=2, max=64)
-    example = (torch.randn(2, 4, 5, 3),)
-    exported = torch.export.export(module, example, dynamic_shapes=({1: height, 2: width},), strict=strict)
-    for size in [(4, 5), (9, 3), (16, 16)]:
-        x = torch.randn(2, *size, 3)
+    unit = multiple_of(name)
+    sizes = {1: unit * torch.export.Dim("height", min=2, max=64), 2: unit * torch.export.Dim("width", min=2, max=64)}
+    example = (torch.randn(2, 4 * unit, 5 * unit, 3),)
+    exported = torch.export.export(module, example, dynamic_shapes=(sizes,), strict=strict)
+    for height, width in [(4, 5), (9, 3), (16, 16)]:
+        x = torch.randn(2, height * unit, width * unit, 3)
         torch.testing.assert_close(exported.module()(x), module(x))
 
 

@@ -33,6 +33,20 @@ def _cross(grid: Tensor) -> Tensor:
     return _and_reversed(torch.cat([_row(grid), _column(grid)]))
 
 
+def _cross_rest(grid: Tensor) -> Tensor:
+    """What the cross scan adds to raster order: rows reversed, columns, columns reversed (MSVMamba)."""
+    return torch.cat([_row(grid).flip(1), _and_reversed(_column(grid))])
+
+
+def _atrous(grid: Tensor) -> Tensor:
+    """Four grids of every second row and column, by rows and by columns in turn (EfficientVMamba).
+
+    They begin at rows and columns (0, 0), (1, 0), (0, 1) and (1, 1); each direction visits its own quarter of the
+    tokens.
+    """
+    return torch.cat([_row(grid[::2, ::2]), _column(grid[1::2, ::2]), _row(grid[::2, 1::2]), _column(grid[1::2, 1::2])])
+
+
 def _snake(grid: Tensor) -> Tensor:
     """Rows with every second one backwards, that reversed, and both over columns (PlainMamba).
 
@@ -69,6 +83,8 @@ BUILDERS: dict[str, Callable[..., Tensor]] = {
     "column": _column,
     "bidirectional": _bidirectional,
     "cross": _cross,
+    "cross_rest": _cross_rest,
+    "atrous": _atrous,
     "snake": _snake,
     "window": _window,
 }
@@ -90,10 +106,12 @@ def scan_order(
         window: Side of the windows in tokens; given for the order ``"window"`` and no other.
 
     Returns:
-        Order (k, height·width), int32, each row a permutation. Tables are cached and shared: do not write into them.
+        Order (k, height·width), int32, each row a permutation; of ``"atrous"`` (4, height·width/4), whose rows visit
+        every token once together. Tables are cached and shared: do not write into them.
 
     Raises:
-        ValueError: If the name is unknown, the grid is empty, or ``window`` does not suit the order.
+        ValueError: If the name is unknown, the grid is empty, ``window`` does not suit the order, or ``"atrous"`` is
+            asked for a grid that has no equal quarters.
     """
     _check_arguments(name, height, width, window)
     if torch.compiler.is_compiling():  # sizes may be symbols, which a cache cannot hash
@@ -110,6 +128,10 @@ def _check_arguments(name: str, height: int, width: int, window: int | None) -> 
         raise ValueError(f"scan_order: unknown order {name!r}, expected one of {', '.join(by_likeness)}")
     if height < 1 or width < 1:
         raise ValueError(f"scan_order: height and width must be at least 1, got {height} and {width}")
+    if name == "atrous" and (height % 2 or width % 2):
+        raise ValueError(
+            f"scan_order: order 'atrous' needs even height and width, got {height} and {width}; pad the grid"
+        )
     if name == "window":
         if window is None or window < 1:
             raise ValueError(f"scan_order: order 'window' needs window, its side in tokens, at least 1, got {window}")
