@@ -13,6 +13,19 @@ RECORDS = {
     "vim/vim_tiny_stride8": ("vim_tiny_patch16_stride8_224", {}),
 }
 
+# Models of several stages.
+GRID_RECORDS = {
+    "vmamba/vmamba_tiny_s1l8": "vmamba_tiny_s1l8",
+    "vmamba/vmamba_tiny_s1l8@160x256": "vmamba_tiny_s1l8",
+    "vmamba/vmamba_tiny_s1l8@200x136": "vmamba_tiny_s1l8",
+    "vmamba/vmamba_tiny_s2l5": "vmamba_tiny_s2l5",
+    "vmamba/vmamba_tiny_s2l5@160x256": "vmamba_tiny_s2l5",
+    "vmamba/vanilla_vmamba_tiny": "vmamba_tiny_v0",
+    "vmamba/vanilla_vmamba_tiny@160x256": "vmamba_tiny_v0",
+}
+# Their official backbones of detectors, which have a norm of their own, outnorm{i}, after each stage.
+GRID_BACKBONE_RECORDS = {"vmamba/vmamba_tiny_s1l8_backbone@256x192": "vmamba_tiny_s1l8"}
+
 
 @pytest.mark.parametrize("name", RECORDS)
 def test_classifier_computes_the_official_outputs(name, device):
@@ -32,6 +45,41 @@ def test_classifier_computes_the_official_outputs(name, device):
     record.check("stage0", last)
     for block, each in zip((5, 11, 17, 23), maps, strict=True):
         record.check(f"block{block}", each)
+
+
+@pytest.mark.parametrize("name", GRID_RECORDS)
+def test_classifier_of_stages_computes_the_official_outputs(name, device):
+    record = records.load(name)
+    model = vssm.create_model(GRID_RECORDS[name]).eval()
+    assert sum(parameter.numel() for parameter in model.parameters()) == record.num_params
+    vssm.checkpoint.load(model, record.state_dict)
+    model, images = model.to(device), record.images.to(device)
+
+    with torch.no_grad():
+        features, maps = model.forward_intermediates(images)
+        record.check("stem", model.stem(images).permute(0, 3, 1, 2))
+        record.check("logits", model.forward_head(features))
+    for stage, each in enumerate(maps):
+        record.check(f"stage{stage}", each)
+
+
+@pytest.mark.parametrize("name", GRID_BACKBONE_RECORDS)
+def test_detection_backbone_of_stages(name, device):
+    record = records.load(name)
+    model = vssm.create_model(GRID_BACKBONE_RECORDS[name]).eval()
+    model.prune_intermediate_layers(len(model.stages), prune_norm=True)
+    norms = nn.ModuleDict({f"outnorm{i}": nn.LayerNorm(info["num_chs"]) for i, info in enumerate(model.feature_info)})
+    norms.load_state_dict({key: value for key, value in record.state_dict.items() if key.startswith("outnorm")})
+    vssm.checkpoint.load(
+        model, {key: value for key, value in record.state_dict.items() if not key.startswith("outnorm")}
+    )
+    assert sum(parameter.numel() for part in (model, norms) for parameter in part.parameters()) == record.num_params
+    model, norms = model.to(device), norms.to(device)
+
+    with torch.no_grad():
+        maps = model.forward_intermediates(record.images.to(device), output_fmt="NHWC", intermediates_only=True)
+        for stage, each in enumerate(maps):
+            record.check(f"stage{stage}", norms[f"outnorm{stage}"](each).permute(0, 3, 1, 2))
 
 
 def _official_fpn(dim: int) -> nn.ModuleDict:

@@ -6,6 +6,7 @@ import torch
 from timm.models import get_arch_pretrained_cfgs
 
 import vssm
+from vssm.models import FAMILIES
 
 # Exact where the official model was counted, in millions to the published digits elsewhere.
 PARAMETERS = {
@@ -14,6 +15,15 @@ PARAMETERS = {
     "vim_small_patch16_224": 25.797,
     "vim_small_patch16_stride8_224": 26.001,
     "vim_base_patch16_224": 97.598,
+    "vmamba_tiny_s1l8": 30_249_064,
+    "vmamba_tiny_s2l5": 30_705_832,
+    "vmamba_small_s2l15": 50_147_752,
+    "vmamba_small_s1l20": 49_012_840,
+    "vmamba_base_s2l15": 88_557_800,
+    "vmamba_base_s1l20": 86_614_504,
+    "vmamba_tiny_v0": 22_893_448,
+    "vmamba_small_v0": 44_417_416,
+    "vmamba_base_v0": 76_254_056,
 }
 VARIANTS = [name for name in vssm.list_models() if not name.startswith("test_")]
 
@@ -48,9 +58,10 @@ def test_lists():
     assert vssm.list_models("vim_small*") == ["vim_small_patch16_224", "vim_small_patch16_stride8_224"]
     assert vssm.list_models("vim_base*", pretrained=True) == ["vim_base_patch16_224.in1k"]
     assert "test_vim" not in vssm.list_models(pretrained=True)
-    assert vssm.list_models(family="vim") == vssm.list_models()
+    assert sorted(name for family in FAMILIES for name in vssm.list_models(family=family)) == vssm.list_models()
+    assert vssm.list_models("*vmamba_*_v0", family="vmamba") == ["vmamba_base_v0", "vmamba_small_v0", "vmamba_tiny_v0"]
     assert not set(vssm.list_models()) & {"resnet18", "vit_base_patch16_224"}
-    with pytest.raises(ValueError, match="unknown family 'vmi', expected one of vim"):
+    with pytest.raises(ValueError, match="unknown family 'vmi', expected one of vim, "):
         vssm.list_models(family="vmi")
 
 

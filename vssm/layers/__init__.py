@@ -1,1 +1,1 @@
-"""Layers that several families use: the state-space model, convolutions of tokens, stems."""
+"""Layers that several families use: state-space models, the 2D scan, convolutions of tokens, stems, blocks."""

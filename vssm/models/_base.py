@@ -438,9 +438,7 @@ class TokenBackbone(_Backbone):
         return pos_embed
 
     def _check_size(self, height: int, width: int) -> None:
-        if self.dynamic_img_size:
-            self.stem.grid_size(height, width)
-        elif (height, width) != self.img_size:
+        if not self.dynamic_img_size and (height, width) != self.img_size:
             raise ValueError(
                 f"{type(self).__name__}: expected images of {self.img_size[0]}×{self.img_size[1]} pixels, got "
                 f"{height}×{width}; call set_input_size, or build the model with img_size or dynamic_img_size=True"

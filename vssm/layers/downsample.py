@@ -1,0 +1,21 @@
+"""Downsampling between stages, by convolution; timm has `PatchMerging`, which merges patches of 2×2 tokens."""
+
+from torch import Tensor, nn
+
+
+class ConvDownsample(nn.Module):
+    """Halves the resolution by a 3×3 convolution of stride 2, followed by a norm.
+
+    Args:
+        dim: Channels before.
+        dim_out: Channels after.
+    """
+
+    def __init__(self, dim: int, dim_out: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(dim, dim_out, kernel_size=3, stride=2, padding=1)
+        self.norm = nn.LayerNorm(dim_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (b, h, w, dim) to (b, ceil(h/2), ceil(w/2), dim_out)."""
+        return self.norm(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
