@@ -5,7 +5,6 @@ import itertools
 import json
 import logging
 import math
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 
+from vssm_kernels.cache import cache_folder
 from vssm_kernels.scan_call import ScanCall
 
 _logger = logging.getLogger("vssm")
@@ -102,12 +102,8 @@ def forced(config: LaunchConfig) -> Iterator[None]:
 
 
 def user_table_path() -> Path:
-    """Where ``vssm tune`` writes: ``launch_table.json`` in ``$VSSM_CACHE``, or ``vssm`` in the user's cache folder."""
-    cache = os.environ.get("VSSM_CACHE")
-    if cache:
-        return Path(cache) / "launch_table.json"
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "vssm" / "launch_table.json"
+    """Where ``vssm tune`` writes: ``launch_table.json`` in the cache folder."""
+    return cache_folder() / "launch_table.json"
 
 
 def _shape_of(call: ScanCall, *, backward: bool) -> _Shape:

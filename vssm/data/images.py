@@ -1,10 +1,12 @@
 """Labelled images, whatever they come from, and reading of image files that may be damaged."""
 
 import os
+import re
 import struct
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 from PIL import Image
 from timm.data.readers.img_extensions import get_img_extensions
@@ -95,21 +97,44 @@ def read_image(path: str | os.PathLike, *, channels: int = 3) -> Image.Image:
         UnreadableImage: It is no image, is damaged, or would decode to more than Pillow's limit of pixels.
         ValueError: ``channels`` is something else.
     """
-    if channels not in _MODES:
-        raise ValueError(f"read_image: expected 1 (grey) or 3 (colour) channels, got {channels}")
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such image file")
+    return decode_image(path, name=str(path), channels=channels)
+
+
+def decode_image(file: str | os.PathLike | IO[bytes], *, name: str, channels: int = 3) -> Image.Image:
+    """Decodes an image whole.
+
+    Args:
+        file: Image file, or one open for reading.
+        name: What to call it in messages.
+        channels: 1 for grey, 3 for colour.
+
+    Returns:
+        The decoded image, of mode ``"L"`` or ``"RGB"``.
+
+    Raises:
+        UnreadableImage: It is no image, is damaged, or would decode to more than Pillow's limit of pixels.
+        ValueError: ``channels`` is something else.
+    """
+    if channels not in _MODES:
+        raise ValueError(f"decode_image: expected 1 (grey) or 3 (colour) channels, got {channels}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with Image.open(file) as image:
                 return image.convert(_MODES[channels])
     except _DAMAGED as error:
-        reason = f"{error}".replace(f" {str(path)!r}", "") or type(error).__name__
-        raise UnreadableImage(f"{path}: not a readable image ({reason})") from error
+        reason = re.sub(r" ('.*'|<_io.*>)$", "", f"{error}") or type(error).__name__
+        raise UnreadableImage(f"{name}: not a readable image ({reason})") from error
+
+
+def image_suffixes() -> set[str]:
+    """Suffixes of image files, in small letters: those of timm, to which its users may add, and WebP."""
+    return {*get_img_extensions(), ".webp"}
 
 
 def find_images(folder: str | os.PathLike) -> list[Path]:
     """Image files in a folder and the folders in it, by their suffixes, in the order of their paths."""
-    suffixes = get_img_extensions(as_set=True)
+    suffixes = image_suffixes()
     return sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in suffixes and path.is_file())
