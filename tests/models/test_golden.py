@@ -63,6 +63,17 @@ def test_classifier_of_stages_computes_the_official_outputs(name, device):
         record.check(f"stage{stage}", each)
 
 
+@pytest.mark.parametrize("name", ["vmamba/vmamba_tiny_s1l8@200x136", "vmamba/vmamba_tiny_s2l5@160x256"])
+def test_classifier_of_stages_under_autocast(name, device):
+    record = records.load(name)
+    model = vssm.create_model(GRID_RECORDS[name]).eval()
+    vssm.checkpoint.load(model, record.state_dict)
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+        logits = model.to(device)(record.images.to(device))
+    assert logits.dtype == torch.bfloat16
+    record.check("logits", logits, tolerance=2e-2)
+
+
 @pytest.mark.parametrize("name", GRID_BACKBONE_RECORDS)
 def test_detection_backbone_of_stages(name, device):
     record = records.load(name)
