@@ -89,6 +89,14 @@ def test_unwraps(wrap, tmp_path):
     torch.testing.assert_close(checkpoint.read(tmp_path / "file.pth"), state)
 
 
+def test_a_classifier_beside_the_backbone_is_kept(tmp_path):
+    weights = {"backbone.a": torch.ones(2), "head.fc.weight": torch.zeros(3), "ema_backbone_a": torch.ones(2)}
+    torch.save({"meta": {}, "state_dict": weights}, tmp_path / "file.pth")
+    state, left_out = checkpoint.read_with_report(tmp_path / "file.pth")
+    torch.testing.assert_close(state, {"a": torch.ones(2), "head.fc.weight": torch.zeros(3)})
+    assert left_out["ema_backbone_a"] == "not part of the backbone"
+
+
 def test_reads_safetensors_whatever_its_name(small_state, tmp_path):
     checkpoint.write(tmp_path / "model.safetensors", small_state, {})
     (tmp_path / "model.safetensors").rename(tmp_path / "model.bin")

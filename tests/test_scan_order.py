@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vssm.scan_order import BUILDERS, gather, restrict, scan_order, scatter
+from vssm.scan_order import BUILDERS, gather, restrict, scan_moves, scan_order, scatter
 
 GRIDS = [(1, 1), (1, 7), (7, 1), (2, 2), (4, 5), (5, 5), (7, 7)]
 EVEN_GRIDS = [(2, 2), (2, 6), (8, 2), (4, 6), (6, 4)]
@@ -83,6 +83,20 @@ def test_window_order_equals_written_out_walk(grid, window):
     order = scan_order("window", *grid, window=window)
     assert order.dtype == torch.int32
     assert torch.equal(order, as_table([walk_windows(*grid, window)], grid[1]))
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("name", ["snake", "row"])
+def test_moves_equal_those_of_the_written_out_walk(name, grid):
+    numbers = {(0, 1): 1, (0, -1): 2, (-1, 0): 3, (1, 0): 4}  # rows down, columns to the right
+    moves = scan_moves(name, *grid)
+    assert moves.dtype == torch.int32
+    assert moves is scan_moves(name, *grid)
+    for walk, row in zip(WALKS[name](*grid), moves.tolist(), strict=True):
+        assert row[0] == 0
+        for (y0, x0), (y1, x1), move in zip(walk, walk[1:], row[1:], strict=False):
+            along_row = (x1 > x0) - (x1 < x0)
+            assert move == numbers[0 if along_row else y1 - y0, along_row]
 
 
 def test_every_builder_has_a_walk_to_compare_with():

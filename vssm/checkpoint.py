@@ -33,6 +33,7 @@ from vssm.files import atomic_path
 _WEIGHT_ENTRIES = ("model", "state_dict", "model_ema", "state_dict_ema")
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 _BACKBONE_PREFIX = "backbone."
+_CLASSIFIER_PREFIX = "head.fc."  # beside the backbone in files of mmpretrain; its detectors have no such part
 # Classes that hold nothing but values and that training files of the field contain. yacs need not be installed.
 _SAFE_CLASSES = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]
 _CHUNK = 1 << 20  # bytes
@@ -265,11 +266,11 @@ def _strip_wrappers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _take_backbone(weights: dict[str, Tensor], left_out: dict[str, str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    backbone = {key: value for key, value in weights.items() if key.startswith(_BACKBONE_PREFIX)}
-    if not backbone:
+    if not any(key.startswith(_BACKBONE_PREFIX) for key in weights):
         return weights, left_out
-    others = {key: "not part of the backbone" for key in weights if key not in backbone}
-    return {key.removeprefix(_BACKBONE_PREFIX): value for key, value in backbone.items()}, left_out | others
+    taken = {key: value for key, value in weights.items() if key.startswith((_BACKBONE_PREFIX, _CLASSIFIER_PREFIX))}
+    others = {key: "not part of the backbone" for key in weights if key not in taken}
+    return {key.removeprefix(_BACKBONE_PREFIX): value for key, value in taken.items()}, left_out | others
 
 
 def _classifier_keys(model: nn.Module) -> set[str]:

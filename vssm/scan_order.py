@@ -7,10 +7,37 @@ order (row by row). A new way to walk an image is one function of the grid of to
 import difflib
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+_Table = TypeVar("_Table")
+
+
+def cached(build: Callable[..., _Table]) -> Callable[..., _Table]:
+    """Decorates a function of sizes and a ``device`` that makes tables: it runs once for each of its arguments.
+
+    The tables are shared: do not write into them. In a compiled graph, whose sizes may be symbols, and among fake
+    tensors nothing is kept.
+    """
+
+    @functools.lru_cache(maxsize=64)
+    def build_once(*arguments: Hashable, device: torch.device) -> _Table:
+        with torch.inference_mode(False):  # a table made in inference mode could not be saved for backward later
+            return build(*arguments, device=device)
+
+    @functools.wraps(build)
+    def tables(*arguments: Hashable, device: torch.device | str | None = None) -> _Table:
+        if torch.compiler.is_compiling():  # sizes may be symbols, which a cache cannot hash
+            return build(*arguments, device=device)
+        probe = torch.empty(0, device=device)
+        if type(probe) is not Tensor:  # a fake tensor must not stay in the cache, nor a real one come out of it
+            return build(*arguments, device=device)
+        return build_once(*arguments, device=probe.device)
+
+    return tables
 
 
 def _row(grid: Tensor) -> Tensor:
@@ -114,12 +141,28 @@ def scan_order(
             asked for a grid that has no equal quarters.
     """
     _check_arguments(name, height, width, window)
-    if torch.compiler.is_compiling():  # sizes may be symbols, which a cache cannot hash
-        return _build(name, height, width, device, window)
-    probe = torch.empty(0, device=device)
-    if type(probe) is not Tensor:  # a fake tensor must not stay in the cache, nor a real one come out of it
-        return _build(name, height, width, device, window)
-    return _build_once(name, height, width, probe.device, window)
+    return _table(name, height, width, window, device=device)
+
+
+@cached
+def scan_moves(name: str, height: int, width: int, *, device: torch.device | str | None = None) -> Tensor:
+    """Returns where each step of a scan order comes from, for orders that go from neighbour to neighbour.
+
+    Args:
+        name: One of `BUILDERS` that take no windows.
+        height: Rows of the grid, at least 1.
+        width: Columns of the grid, at least 1.
+        device: Device of the table; ``None`` is torch's default device.
+
+    Returns:
+        Moves (k, height·width), int32: 0 at the first step, then 1 for a move to the right, 2 to the left, 3 up and
+        4 down; a move along both axes counts as one along the row. The table is cached and shared: do not write into
+        it.
+    """
+    order = scan_order(name, height, width, device)
+    right, down = (order % width).diff(), (order // width).diff()
+    moves = torch.where(right > 0, 1, torch.where(right < 0, 2, torch.where(down < 0, 3, 4)))
+    return torch.cat([torch.zeros_like(order[:, :1]), moves.to(torch.int32)], dim=1)
 
 
 def _check_arguments(name: str, height: int, width: int, window: int | None) -> None:
@@ -139,15 +182,12 @@ def _check_arguments(name: str, height: int, width: int, window: int | None) -> 
         raise ValueError(f"scan_order: window belongs to the order 'window', got window={window} for {name!r}")
 
 
-def _build(name: str, height: int, width: int, device: torch.device | str | None, window: int | None) -> Tensor:
+@cached
+def _table(
+    name: str, height: int, width: int, window: int | None, *, device: torch.device | str | None = None
+) -> Tensor:
     grid = torch.arange(height * width, dtype=torch.int32, device=device).view(height, width)
     return BUILDERS[name](grid) if window is None else BUILDERS[name](grid, window)
-
-
-@functools.lru_cache(maxsize=64)
-def _build_once(name: str, height: int, width: int, device: torch.device, window: int | None) -> Tensor:
-    with torch.inference_mode(False):  # a table made in inference mode could not be saved for backward later
-        return _build(name, height, width, device, window)
 
 
 def gather(x: Tensor, order: Tensor) -> Tensor:

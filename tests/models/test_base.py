@@ -186,6 +186,12 @@ def test_size_once_set_is_the_only_one():
         model(torch.randn(1, 3, 96, 96))
 
 
+def test_images_without_a_whole_patch_are_refused():
+    model = vssm.create_model("test_vim", dynamic_img_size=True)
+    with pytest.raises(ValueError, match="at least 16×16 pixels, one patch, got 96×8"):
+        model(torch.randn(1, 3, 96, 8))
+
+
 def test_overlapping_patches_announce_their_stride():
     model = vssm.create_model("test_vim", stride=8, features_only=True, out_indices=(0,))
     assert model.feature_info.reduction() == [8]

@@ -73,16 +73,25 @@ class SelectiveSSM(nn.Module):
             (b, l, d), each token at its own place.
         """
         dt, B, C = self._project(x)
-        A = -torch.exp(_at_least_float32(self.A_log))
+        A = self._state_matrix()
         y = directional_scan(
-            x, dt, A, B, C, self.D, dt_weight=self.dt_weight, dt_bias=self.dt_bias, order=order, gap=gap, z=z
+            x, dt, A, B, C, self.D, dt_weight=self.dt_weight, dt_bias=self.step_bias, order=order, gap=gap, z=z
         )
         return cast(Tensor, y)  # the last state, a second result, is not asked for
 
     def step(self, x: Tensor) -> Tensor:
         """Step sizes (b, l, k, d) of tokens ``x``, (b, l, d) or (b, l, k, d); the scan itself never stores them."""
         dt, _, _ = self._project(x)
-        return F.softplus(torch.einsum("blkr,kdr->blkd", dt, self.dt_weight) + self.dt_bias)
+        return F.softplus(torch.einsum("blkr,kdr->blkd", dt, self.dt_weight) + self.step_bias)
+
+    @property
+    def step_bias(self) -> Tensor:
+        """What is added to the step before softplus, (k, d)."""
+        return self.dt_bias
+
+    def _state_matrix(self) -> Tensor:
+        """A (k, d, n) in float32, or in float64 if that is the type of its logarithm."""
+        return -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Step dt (b, l, k, r), B and C (b, l, k, n) of tokens (b, l, d) or (b, l, k, d)."""
@@ -93,7 +102,3 @@ class SelectiveSSM(nn.Module):
             projected = torch.einsum("blkd,kcd->blkc", x, weight)
         dt, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         return dt, B, C
-
-
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -10,7 +10,21 @@ def _no_norm(dim: int) -> nn.Module:
     return nn.Identity()
 
 
-class PatchStem(nn.Module):
+class TokenStem(nn.Module):
+    """What `TokenBackbone` asks of a stem: maps images (b, in_chans, H, W) to a map (b, h, w, c) of one token a patch.
+
+    Attributes:
+        stride: Distance of neighbouring tokens in pixels.
+    """
+
+    stride: int
+
+    def grid_size(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of tokens of an image whose sides are given in pixels."""
+        raise NotImplementedError
+
+
+class PatchStem(TokenStem):
     """Embeds square patches, overlapping if the stride is smaller than the patch, by one convolution without padding.
 
     An image of size s gives floor((s − patch_size)/stride) + 1 patches along each axis; what is left over at the right

@@ -14,11 +14,11 @@ from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from vssm.layers.stem import PatchStem
+from vssm.layers.stem import TokenStem
 
 # Parameters that say how fast states decay or where tokens are, and biases, which timm knows by their one dimension
 # while ours have one row per direction.
-_NOT_DECAYED = frozenset({"A_log", "D", "bias", "dt_bias", "cls_token", "pos_embed"})
+_NOT_DECAYED = frozenset({"A_log", "D", "bias", "dt_bias", "cls_token", "pos_embed", "move_B"})
 
 
 class _Backbone(nn.Module):
@@ -238,7 +238,7 @@ class TokenBackbone(_Backbone):
     def __init__(
         self,
         *,
-        stem: PatchStem,
+        stem: TokenStem,
         blocks: Sequence[nn.Module],
         norm: nn.Module,
         embed_dim: int,
@@ -473,11 +473,14 @@ def _embedding(entries: int, dim: int) -> nn.Parameter:
 
 
 def _resize_grid(positions: Tensor, old_size: tuple[int, int], new_size: tuple[int, int]) -> Tensor:
-    """Positions (1, h·w, c) resized bicubically; timm's function takes grids of as many cells for the same grid."""
+    """Positions (1, h·w, c) resized bicubically, as the official codes do it; timm smooths where the grid shrinks.
+
+    timm's function also takes grids of as many cells for the same grid.
+    """
     if not torch.compiler.is_exporting() and old_size == new_size:  # an exported program must take either way
         return positions
     grid = positions.unflatten(1, old_size).permute(0, 3, 1, 2).float()
-    resized = F.interpolate(grid, size=new_size, mode="bicubic", antialias=True)
+    resized = F.interpolate(grid, size=new_size, mode="bicubic")
     return resized.flatten(2).transpose(1, 2).to(positions.dtype)
 
 

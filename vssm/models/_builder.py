@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, resolve_pretrained_cfg
 from torch import Tensor, nn
 
@@ -67,6 +68,31 @@ def build_backbone(
         cache_dir=cache_dir,
         **kwargs,
     )
+
+
+def imagenet_cfg(url: str = "", **entries: Any) -> dict[str, Any]:
+    """A configuration of weights trained on ImageNet-1k at 224×224 and evaluated in the usual way.
+
+    Args:
+        url: The file; empty where there is none.
+        **entries: What is to be said besides or instead.
+    """
+    return {
+        "url": url,
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": None,
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        **entries,
+    }
+
+
+def quarters(depth: int) -> list[int]:
+    """The last block of each quarter of so many, counted from 0: features that official segmentations read."""
+    return sorted({max(depth * quarter // 4, 1) - 1 for quarter in (1, 2, 3, 4)})
 
 
 def _weights(cfg: dict[str, Any], variant: str, cache_dir: str | Path | None) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""Keys of checkpoints from VMamba's code base, which its relatives took over, and what they are called here."""
+"""Keys of official checkpoints and what they are called here.
+
+`convert` knows those of VMamba's code base, which its relatives took over; `rename` takes a table.
+"""
 
 import re
 from collections.abc import Mapping
@@ -39,6 +42,35 @@ BLOCK = {"norm": "norm1", "ln_1": "norm1", "norm2": "norm2", "mlp.fc1": "mlp.fc1
 _TOP = {"classifier.norm": "norm", "norm": "norm", "classifier.head": "head.fc", "head": "head.fc"}
 # Parts whose tensors some versions keep flat over directions, stacked, or as 1×1 convolutions.
 _RESHAPED = re.compile(r"stages\.\d+\.blocks\.\d+\.(mixer|mlp)\.")
+
+
+def rename(state_dict: Mapping[str, Tensor], patterns: Mapping[str, str], *, family: str) -> dict[str, Tensor]:
+    """Renames the keys of an official state dict.
+
+    Args:
+        state_dict: Weights by official key.
+        patterns: Regular expression of a whole official key to what it becomes, a template of `re.Match.expand`.
+        family: Name of the family, for the message.
+
+    Returns:
+        The same weights by new key.
+
+    Raises:
+        ValueError: If a key matches no pattern.
+    """
+    renamed, unknown = {}, []
+    for key, value in state_dict.items():
+        match = next((found for pattern in patterns if (found := re.fullmatch(pattern, key))), None)
+        if match is None:
+            unknown.append(key)
+        else:
+            renamed[match.expand(patterns[match.re.pattern])] = value
+    if unknown:
+        raise ValueError(
+            f"{family}: unknown key {unknown[0]!r} in the checkpoint ({len(unknown)} in all), expected those of an "
+            "official model of this family"
+        )
+    return renamed
 
 
 def convert(

@@ -15,7 +15,6 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, calculate_drop_path_rates, lecun_normal_
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
@@ -24,7 +23,7 @@ from vssm.layers.conv import CausalTokenConv
 from vssm.layers.ssm import SelectiveSSM
 from vssm.layers.stem import PatchStem
 from vssm.models._base import TokenBackbone
-from vssm.models._builder import build_backbone
+from vssm.models._builder import build_backbone, imagenet_cfg, quarters
 from vssm.scan_order import scan_order
 
 
@@ -144,33 +143,24 @@ class Vim(TokenBackbone):
     @torch.no_grad()
     def _init_weights(self) -> None:
         """The official initialisation, where it is not that of the layers themselves."""
-        lecun_normal_(self.stem.proj.weight)
-        nn.init.zeros_(self.stem.proj.get_parameter("bias"))
+        lecun_normal_(self.stem.get_parameter("proj.weight"))
+        nn.init.zeros_(self.stem.get_parameter("proj.bias"))
         for module in self.modules():
             if isinstance(module, VimMixer):
                 module.out_proj.weight.div_(math.sqrt(len(self.blocks)))
                 module.ssm.dt_bias[1].zero_()  # the official code zeroes the bias of the backward steps, like any other
 
 
-def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
-    return {
-        "url": url,
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "fixed_input_size": True,
-        "pool_size": None,
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.proj",
-        "classifier": "head",
-        "license": "apache-2.0",
-        "origin_url": "https://github.com/hustvl/Vim",
-        "paper_ids": "arXiv:2401.09417",
-        "paper_name": "Vision Mamba: Efficient Visual Representation Learning with Bidirectional State Space Model",
-        **kwargs,
-    }
+_cfg = partial(
+    imagenet_cfg,
+    fixed_input_size=True,
+    first_conv="stem.proj",
+    classifier="head",
+    license="apache-2.0",
+    origin_url="https://github.com/hustvl/Vim",
+    paper_ids="arXiv:2401.09417",
+    paper_name="Vision Mamba: Efficient Visual Representation Learning with Bidirectional State Space Model",
+)
 
 
 _HUB = "https://huggingface.co/hustvl"
@@ -263,13 +253,12 @@ def _join(part: str, forward: Tensor, backward: Tensor) -> Tensor:
 
 
 def _create_vim(variant: str, pretrained: bool = False, **kwargs: Any) -> Vim:
-    depth = kwargs["depth"]
     return build_backbone(
         Vim,
         variant,
         pretrained,
         checkpoint_filter_fn=checkpoint_filter_fn,
-        levels=sorted({max(depth * quarter // 4, 1) - 1 for quarter in (1, 2, 3, 4)}),
+        levels=quarters(kwargs["depth"]),
         **kwargs,
     )
 
