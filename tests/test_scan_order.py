@@ -55,6 +55,7 @@ WALKS = {
         walk_every_second(h, w, 0, 1, walk_rows),
         walk_every_second(h, w, 1, 1, walk_columns),
     ],
+    "alternating": lambda h, w: [walk_rows(h, w), walk_columns(h, w), walk_rows(h, w), walk_columns(h, w)],
     "snake": lambda h, w: [
         walk_row_snake(h, w),
         walk_row_snake(h, w)[::-1],

@@ -30,7 +30,7 @@ from vssm.files import atomic_path
 
 # Where official training files keep the weights. The plain ones come before their moving average: published figures
 # are theirs in the repositories that store both.
-_WEIGHT_ENTRIES = ("model", "state_dict", "model_ema", "state_dict_ema")
+_WEIGHT_ENTRIES = ("model", "state_dict", "model_ema", "state_dict_ema", "ema_model")
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 _BACKBONE_PREFIX = "backbone."
 _CLASSIFIER_PREFIX = "head.fc."  # beside the backbone in files of mmpretrain; its detectors have no such part
@@ -44,7 +44,8 @@ def read(path: str | os.PathLike, trust_pickle: bool = False) -> dict[str, Tenso
 
     Args:
         path: A safetensors file, or one written by ``torch.save``: a state dict, or a training checkpoint that holds
-            one under ``model``, ``state_dict``, ``model_ema`` or ``state_dict_ema``, the first of these that it has.
+            one under ``model``, ``state_dict``, ``model_ema``, ``state_dict_ema`` or ``ema_model``, the first of these
+            that it has.
         trust_pickle: Whether the file may run code. Say so only of files whose origin you trust.
 
     Returns:

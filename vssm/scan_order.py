@@ -74,6 +74,11 @@ def _atrous(grid: Tensor) -> Tensor:
     return torch.cat([_row(grid[::2, ::2]), _column(grid[1::2, ::2]), _row(grid[::2, 1::2]), _column(grid[1::2, 1::2])])
 
 
+def _alternating(grid: Tensor) -> Tensor:
+    """Rows, columns, rows, columns: the atrous scan as seen in cells of 2×2 tokens, one for each direction."""
+    return torch.cat([_row(grid), _column(grid)]).repeat(2, 1)
+
+
 def _snake(grid: Tensor) -> Tensor:
     """Rows with every second one backwards, that reversed, and both over columns (PlainMamba).
 
@@ -112,6 +117,7 @@ BUILDERS: dict[str, Callable[..., Tensor]] = {
     "cross": _cross,
     "cross_rest": _cross_rest,
     "atrous": _atrous,
+    "alternating": _alternating,
     "snake": _snake,
     "window": _window,
 }

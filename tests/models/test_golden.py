@@ -28,9 +28,15 @@ GRID_RECORDS = {
     "vmamba/vmamba_tiny_s2l5@160x256": "vmamba_tiny_s2l5",
     "vmamba/vanilla_vmamba_tiny": "vmamba_tiny_v0",
     "vmamba/vanilla_vmamba_tiny@160x256": "vmamba_tiny_v0",
+    "efficient_vmamba/efficient_vmamba_tiny": "efficientvmamba_tiny",
+    "efficient_vmamba/efficient_vmamba_tiny@160x256": "efficientvmamba_tiny",
+    "efficient_vmamba/efficient_vmamba_tiny@200x136": "efficientvmamba_tiny",
 }
 # Their official backbones of detectors, which have a norm of their own, outnorm{i}, after each stage.
-GRID_BACKBONE_RECORDS = {"vmamba/vmamba_tiny_s1l8_backbone@256x192": "vmamba_tiny_s1l8"}
+GRID_BACKBONE_RECORDS = {
+    "vmamba/vmamba_tiny_s1l8_backbone@256x192": "vmamba_tiny_s1l8",
+    "efficient_vmamba/efficient_vmamba_tiny_backbone@256x192": "efficientvmamba_tiny",
+}
 
 
 @pytest.mark.parametrize("name", RECORDS)

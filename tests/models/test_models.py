@@ -179,12 +179,13 @@ def test_names_of_parts(name):
     model = vssm.create_model(name)
     stages = getattr(model, "stages", [model])
     assert isinstance(model.stem, nn.Module)
-    for stage in stages:
-        for block in stage.blocks:
-            assert {"norm1", "mixer"} <= {key for key, _ in block.named_children()}
-            assert {"in_proj", "conv", "ssm", "out_proj"} <= {key for key, _ in block.mixer.named_children()}
-            assert isinstance(block.mixer.ssm, SelectiveSSM)
-            assert isinstance(block.mixer.conv, TokenConv | CausalTokenConv)
+    scanning = [block for stage in stages for block in stage.blocks if hasattr(block, "mixer")]
+    assert scanning
+    for block in scanning:
+        assert {"norm1", "mixer"} <= {key for key, _ in block.named_children()}
+        assert {"in_proj", "conv", "ssm", "out_proj"} <= {key for key, _ in block.mixer.named_children()}
+        assert isinstance(block.mixer.ssm, SelectiveSSM)
+        assert isinstance(block.mixer.conv, TokenConv | CausalTokenConv)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -238,9 +239,10 @@ def test_compiles_to_one_graph(name, backend):
     compiled = torch.compile(model, fullgraph=True, backend=backend)(batch)
     compiled.square().sum().backward()
     torch.testing.assert_close(compiled, expected, rtol=1e-4, atol=1e-5)
+    rounding = 1e-7 * max(gradient.norm() for gradient in gradients.values())  # all that a bias before a batch norm has
     for key, parameter in model.named_parameters():
-        error = (parameter.grad - gradients[key]).norm() / gradients[key].norm()
-        assert error < 1e-4, f"{key}: {error}"
+        error = (parameter.grad - gradients[key]).norm()
+        assert error < 1e-4 * gradients[key].norm() + rounding, f"{key}: {error} of {gradients[key].norm()}"
 
 
 @pytest.mark.parametrize("name", TOKEN_NAMES)

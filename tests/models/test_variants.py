@@ -27,6 +27,9 @@ PARAMETERS = {
     "vmamba_tiny_v0": 22_893_448,
     "vmamba_small_v0": 44_417_416,
     "vmamba_base_v0": 76_254_056,
+    "efficientvmamba_tiny": 6_493_660,
+    "efficientvmamba_small": 11_273_688,
+    "efficientvmamba_base": 33_717_136,
 }
 VARIANTS = [name for name in vssm.list_models() if not name.startswith("test_")]
 

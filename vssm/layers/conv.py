@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from vssm.layers.grid import to_maps, to_tokens
 from vssm_kernels import causal_conv
 
 
@@ -15,19 +16,27 @@ class TokenConv(nn.Module):
     Args:
         dim: Channels d.
         kernel_size: Side of the kernel, odd.
+        stride: Tokens from one result to the next along each side of the grid.
         bias: Whether to add a bias per channel.
     """
 
-    def __init__(self, dim: int, kernel_size: int = 3, *, bias: bool = True) -> None:
+    def __init__(self, dim: int, kernel_size: int = 3, *, stride: int = 1, bias: bool = True) -> None:
         super().__init__()
         if kernel_size % 2 == 0:
             raise ValueError(f"TokenConv: kernel_size must be odd to keep the grid's size, got {kernel_size}")
-        self.conv = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, bias=bias)
+        self.conv = nn.Conv2d(dim, dim, kernel_size, stride=stride, padding=kernel_size // 2, groups=dim, bias=bias)
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        """Convolves tokens (b, l, d) in raster order of a grid ``size`` = (h, w) with h·w = l; returns (b, l, d)."""
-        maps = x.unflatten(1, size).permute(0, 3, 1, 2)  # a channels-last view (b, d, h, w)
-        return self.conv(maps).permute(0, 2, 3, 1).flatten(1, 2)
+        """Convolves tokens on their grid.
+
+        Args:
+            x: Tokens (b, l, d) in raster order.
+            size: Rows and columns (h, w) of their grid, h·w = l.
+
+        Returns:
+            (b, l', d), tokens of a grid of ceil(h/stride) rows and ceil(w/stride) columns.
+        """
+        return to_tokens(self.conv(to_maps(x, size)))
 
 
 class CausalTokenConv(nn.Module):

@@ -59,7 +59,14 @@ class SelectiveSSM(nn.Module):
         self.A_log.copy_(torch.arange(1, self.d_state + 1, dtype=torch.float32, device=self.A_log.device).log())
 
     def forward(
-        self, x: Tensor, order: Tensor | None = None, *, gap: Tensor | None = None, z: Tensor | None = None
+        self,
+        x: Tensor,
+        order: Tensor | None = None,
+        *,
+        gap: Tensor | None = None,
+        z: Tensor | None = None,
+        chain: bool = False,
+        merge: bool = True,
     ) -> Tensor:
         """Scans tokens and sums the directions.
 
@@ -67,15 +74,30 @@ class SelectiveSSM(nn.Module):
             x: Tokens (b, l, d) that all directions read, or (b, l, k, d), one map for each.
             order: Scan order (k, t), or (b, k, t) if samples differ; raster order when not given.
             gap: Tokens dropped before each step, of the shape of ``order``; see `directional_scan`.
-            z: Gate (b, l, d): the result is multiplied by silu(z).
+            z: Gate (b, l, d), or (b, l, k, d) if not merged: the result is multiplied by silu(z).
+            chain: Run the rows of ``order``, however many, as one sequence with the state carried over their joints;
+                for the parameters of one direction.
+            merge: Sum over the rows of ``order``; if false, keep their results apart.
 
         Returns:
-            (b, l, d), each token at its own place.
+            (b, l, d), or (b, l, k, d) if not merged, each token at its own place.
         """
         dt, B, C = self._project(x)
         A = self._state_matrix()
         y = directional_scan(
-            x, dt, A, B, C, self.D, dt_weight=self.dt_weight, dt_bias=self.step_bias, order=order, gap=gap, z=z
+            x,
+            dt,
+            A,
+            B,
+            C,
+            self.D,
+            dt_weight=self.dt_weight,
+            dt_bias=self.step_bias,
+            order=order,
+            gap=gap,
+            z=z,
+            chain=chain,
+            merge=merge,
         )
         return cast(Tensor, y)  # the last state, a second result, is not asked for
 

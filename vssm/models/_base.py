@@ -4,12 +4,12 @@
 without a class token. They hold no mathematics: a family brings its stem, its blocks and its norm.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
-from timm.layers import ClassifierHead, to_2tuple, trunc_normal_
+from timm.layers import ClassifierHead, calculate_drop_path_rates, to_2tuple, trunc_normal_
 from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -80,6 +80,33 @@ class Stage(nn.Module):
         for block in self.blocks:
             tokens = checkpoint(block, tokens, size) if self.grad_checkpointing else block(tokens, size)
         return tokens.unflatten(1, size)
+
+
+def make_stages(
+    make_block: Callable[[int, float], nn.Module],
+    *,
+    dims: Sequence[int],
+    depths: Sequence[int],
+    downsample_layer: Callable[[int, int], nn.Module],
+    drop_path_rate: float,
+) -> list[Stage]:
+    """Makes the stages of a pyramid, all but the first with a downsampling.
+
+    Args:
+        make_block: Makes a block from the index of its stage and its rate of stochastic depth.
+        dims: Channels of each stage.
+        depths: Blocks of each stage.
+        downsample_layer: Makes a downsampling from the channels before and after.
+        drop_path_rate: Stochastic depth of the last block; it grows linearly from 0 at the first.
+    """
+    rates = iter(cast("list[float]", calculate_drop_path_rates(drop_path_rate, list(depths))))
+    return [
+        Stage(
+            [make_block(i, next(rates)) for _ in range(depth)],
+            downsample=downsample_layer(dims[i - 1], dims[i]) if i > 0 else None,
+        )
+        for i, depth in enumerate(depths)
+    ]
 
 
 class GridBackbone(_Backbone):

@@ -11,10 +11,9 @@ instead of ending with the next one's. The models of the paper's first version, 
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import Mlp, calculate_drop_path_rates
+from timm.layers import Mlp
 from timm.models import generate_default_cfgs, register_model
 from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
@@ -25,8 +24,8 @@ from vssm.layers.init import init_linear_layers
 from vssm.layers.ss2d import SS2D
 from vssm.layers.stem import ConvStem, PatchStem
 from vssm.models import _official_keys
-from vssm.models._base import GridBackbone, Stage
-from vssm.models._builder import build_backbone
+from vssm.models._base import GridBackbone, make_stages
+from vssm.models._builder import build_backbone, imagenet_cfg
 
 
 class VMamba(GridBackbone):
@@ -68,19 +67,17 @@ class VMamba(GridBackbone):
         drop_path_rate: float = 0.0,
     ) -> None:
         dims = [embed_dim * 2**i for i in range(len(depths))]
-        rates = iter(cast("list[float]", calculate_drop_path_rates(drop_path_rate, list(depths))))
         mixer_layer = partial(SS2D, d_state=d_state, expand=expand, gate=gate, conv_bias=conv_bias)
         stem = stem_layer(in_chans, embed_dim)
-        stages = [
-            Stage(
-                [_block(dim, mixer_layer, mlp_ratio=mlp_ratio, drop_path=next(rates)) for _ in range(depth)],
-                downsample=downsample_layer(dims[i - 1], dim) if i > 0 else None,
-            )
-            for i, (dim, depth) in enumerate(zip(dims, depths, strict=True))
-        ]
         super().__init__(
             stem=stem,
-            stages=stages,
+            stages=make_stages(
+                lambda stage, rate: _block(dims[stage], mixer_layer, mlp_ratio=mlp_ratio, drop_path=rate),
+                dims=dims,
+                depths=depths,
+                downsample_layer=downsample_layer,
+                drop_path_rate=drop_path_rate,
+            ),
             dims=dims,
             strides=[stem.stride * 2**i for i in range(len(depths))],
             norm=nn.LayerNorm(dims[-1]),
@@ -100,24 +97,16 @@ def _block(dim: int, mixer_layer: Callable[[int], SS2D], *, mlp_ratio: float, dr
     return MixerMlpBlock(mixer, norm1, mlp=mlp, norm2=nn.LayerNorm(dim), drop_path=drop_path)
 
 
-def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
-    return {
-        "url": url,
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.conv1",
-        "classifier": "head.fc",
-        "license": "mit",
-        "origin_url": "https://github.com/MzeroMiko/VMamba",
-        "paper_ids": "arXiv:2401.10166",
-        "paper_name": "VMamba: Visual State Space Model",
-        **kwargs,
-    }
+_cfg = partial(
+    imagenet_cfg,
+    pool_size=(7, 7),
+    first_conv="stem.conv1",
+    classifier="head.fc",
+    license="mit",
+    origin_url="https://github.com/MzeroMiko/VMamba",
+    paper_ids="arXiv:2401.10166",
+    paper_name="VMamba: Visual State Space Model",
+)
 
 
 _V2 = "https://github.com/MzeroMiko/VMamba/releases/download/%23v2cls"
