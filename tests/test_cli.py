@@ -196,7 +196,7 @@ def test_list_matches_parts_of_names(capsys):
 
 def test_list_without_a_match_fails(capsys):
     assert failure(capsys, "list", "nothing")[1].startswith("vssm list: no model matches 'nothing'; there are ")
-    assert failure(capsys, "list", "--family", "vin")[1].startswith("vssm list: no family 'vin'; there are vim")
+    assert failure(capsys, "list", "--family", "vin")[1].startswith("vssm list: no family 'vin'; there are ")
     assert failure(capsys, "list", "test_vim", "--pretrained")[1].startswith("vssm list: no model with weights matches")
 
 
