@@ -428,7 +428,10 @@ def test_configs_of_imagenet_are_the_published_recipes():
     assert (tiny.aug_repeats, tiny.model_ema_decay, tiny.aa) == (3, 0.99996, "rand-m9-mstd0.5-inc1")
     small = _recipe_of(Recipe(), "--config", str(CONFIGS / "imagenet" / "vim_small_patch16_224.yaml"))
     assert (small.batch_size, small.lr, small.weight_decay, small.drop_path) == (512, 1e-3, 0.05, 0.05)
-    for path in (CONFIGS / "imagenet").glob("vim_*.yaml"):
+    base = _recipe_of(Recipe(), "--config", str(CONFIGS / "imagenet" / "vmamba_base_s2l15.yaml"))
+    assert (base.batch_size, base.lr, base.weight_decay, base.drop_path, base.clip_grad) == (1024, 1e-3, 0.05, 0.6, 5.0)
+    assert (base.aug_repeats, base.model_ema_decay, base.warmup_epochs, base.amp) == (1, 0.9999, 20, True)
+    for path in (CONFIGS / "imagenet").glob("[!_]*.yaml"):
         recipe = _recipe_of(Recipe(), "--config", str(path))
         assert recipe.model == path.stem
         assert recipe.mixup == 0.8
