@@ -1,6 +1,7 @@
 """Counts of ``vssm info`` against formulas written out here."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -31,7 +32,86 @@ def vim_counts(*, height: int, width: int, batch: int = 1) -> Counts:
         matmul_macs=batch * (depth * tokens * block_macs_per_token + c * classes),
         conv_macs=batch * (patches * patch_weights + depth * k * tokens * d * taps),
         scan_ops=batch * depth * 9 * k * d * tokens * n,
+        activations=batch * (patches * c + depth * tokens * (2 * d + k * d + k * (r + 2 * n) + d + c) + classes),
     )
+
+
+def vmamba_stem(c: int, cells: int, *, first: bool) -> Counts:
+    """One convolution of 4×4 in the first version; two of 3×3 since then, through half the channels."""
+    if first:
+        return Counts(params=48 * c + 3 * c, conv_macs=cells * 48 * c, activations=cells * c)
+    half = c // 2
+    return Counts(
+        params=27 * half + 3 * half + 9 * half * c + 3 * c,
+        conv_macs=4 * cells * 27 * half + cells * 9 * half * c,
+        activations=4 * cells * half + cells * c,
+    )
+
+
+def vmamba_downsample(c: int, cells: int, *, first: bool) -> Counts:
+    """To width c: a linear layer after a norm, on 4·c/2 channels; a 3×3 convolution before a norm since then."""
+    if first:
+        return Counts(params=2 * c * c + 2 * 2 * c, matmul_macs=cells * 2 * c * c, activations=cells * c)
+    weights = 9 * (c // 2) * c
+    return Counts(params=weights + 3 * c, conv_macs=cells * weights, activations=cells * c)
+
+
+def vmamba_block(c: int, tokens: int, *, expand: int, n: int, first: bool) -> Counts:
+    """With a gate and a bias in the convolution in the first version, with an MLP since then."""
+    k, d, r = 4, expand * c, math.ceil(c / 16)
+    into = 2 * d if first else d
+    weights = c * into + d * c + k * d * (r + 2 * n) + k * r * d
+    vectors = 2 * c + 9 * d + k * d + k * (d * n + d) + 2 * d  # norm1, convolution, dt_bias, A_log and D, out_norm
+    activations = into + d + k * (r + 2 * n) + d + c
+    if first:
+        vectors += d
+    else:
+        weights += 2 * 4 * c * c
+        vectors += 2 * c + 4 * c + c
+        activations += 4 * c + c
+    return Counts(weights + vectors, tokens * weights, tokens * 9 * d, tokens * 9 * k * d * n, tokens * activations)
+
+
+def vmamba_counts(
+    width: int, depths: tuple[int, ...], *, expand: int = 2, n: int = 1, first: bool = False
+) -> dict[str, Counts]:
+    """VMamba's parts by hand, at 224 × 224."""
+    cells = 56**2
+    parts = {"stem": vmamba_stem(width, cells, first=first)}
+    for i, depth in enumerate(depths):
+        if i > 0:
+            width, cells = 2 * width, cells // 4
+        parts[f"stages.{i}"] = vmamba_downsample(width, cells, first=first) if i > 0 else Counts()
+        for _ in range(depth):
+            block = vmamba_block(width, cells, expand=expand, n=n, first=first)
+            parts[f"stages.{i}"] = parts[f"stages.{i}"].plus(block)
+    head = Counts(params=width * 1000 + 1000, matmul_macs=width * 1000, activations=1000)
+    return parts | {"norm": Counts(params=2 * width), "head": head}
+
+
+VMAMBA = {
+    "vmamba_tiny_s1l8": vmamba_counts(96, (2, 2, 8, 2), expand=1),
+    "vmamba_tiny_s2l5": vmamba_counts(96, (2, 2, 5, 2)),
+    "vmamba_small_s2l15": vmamba_counts(96, (2, 2, 15, 2)),
+    "vmamba_small_s1l20": vmamba_counts(96, (2, 2, 20, 2), expand=1),
+    "vmamba_base_s2l15": vmamba_counts(128, (2, 2, 15, 2)),
+    "vmamba_base_s1l20": vmamba_counts(128, (2, 2, 20, 2), expand=1),
+    "vmamba_tiny_v0": vmamba_counts(96, (2, 2, 9, 2), n=16, first=True),
+    "vmamba_small_v0": vmamba_counts(96, (2, 2, 27, 2), n=16, first=True),
+    "vmamba_base_v0": vmamba_counts(128, (2, 2, 27, 2), n=16, first=True),
+}
+# What the authors' rule gives, in G: the same products and convolutions, and for a scan of N states 9·L·D·N + L·D.
+VMAMBA_GFLOPS = {
+    "vmamba_tiny_s1l8": 4.88,
+    "vmamba_tiny_s2l5": 4.82,
+    "vmamba_small_s2l15": 8.67,
+    "vmamba_small_s1l20": 8.57,
+    "vmamba_base_s2l15": 15.29,
+    "vmamba_base_s1l20": 15.16,
+    "vmamba_tiny_v0": 5.60,
+    "vmamba_small_v0": 11.18,
+    "vmamba_base_v0": 17.95,
+}
 
 
 @pytest.mark.parametrize(
@@ -48,6 +128,18 @@ def test_vim_tiny_equals_the_hand_formula(size, batch):
     assert record["total_gflops"] == (macs + expected.scan_ops) / 1e9
 
 
+@pytest.mark.parametrize("name", VMAMBA)
+def test_vmamba_equals_the_hand_formula_and_the_published_figures(name):
+    record = describe(name)
+    counted = {part.pop("part"): Counts(**part) for part in record["parts"]}
+    assert counted == VMAMBA[name]
+    states = 16 if name.endswith("v0") else 1
+    authors = record["total_gflops"] + record["scan_gops"] / (9 * states)
+    assert round(authors, 2) == VMAMBA_GFLOPS[name]
+    assert authors == pytest.approx(record["published_gflops"], rel=0.016)  # two are printed up to 1.6 % higher
+    assert record["params_m"] == pytest.approx(record["published_params_m"], abs=0.5)
+
+
 def test_parameters_are_those_of_the_official_model():
     assert describe("vim_tiny_patch16_224")["params"] == 7_148_008
 
@@ -59,7 +151,14 @@ def test_parts_add_up():
     for name in Counts._fields:
         assert sum(part[name] for part in parts.values()) == record[name]
     assert parts["stem"]["conv_macs"] == 196 * 768 * 192
-    assert parts["head"] == {"part": "head", "params": 193_000, "matmul_macs": 192_000, "conv_macs": 0, "scan_ops": 0}
+    assert parts["head"] == {
+        "part": "head",
+        "params": 193_000,
+        "matmul_macs": 192_000,
+        "conv_macs": 0,
+        "scan_ops": 0,
+        "activations": 1000,
+    }
     assert parts["(other)"]["params"] == 192 + 197 * 192
 
 
@@ -74,9 +173,9 @@ def test_stages_are_counted_one_by_one():
             return self.stages[1][0](x) @ torch.ones(5, 7)
 
     assert count_parts(Model(), torch.ones(2, 3, 5, 5)) == {
-        "stages.0": Counts(params=3 * 4 * 9 + 4, conv_macs=2 * 9 * 3 * 4 * 9),
-        "stages.1": Counts(params=25, matmul_macs=2 * 4 * 5),
-        "(other)": Counts(matmul_macs=2 * 5 * 7),
+        "stages.0": Counts(params=3 * 4 * 9 + 4, conv_macs=2 * 9 * 3 * 4 * 9, activations=2 * 4 * 9),
+        "stages.1": Counts(params=25, matmul_macs=2 * 4 * 5, activations=2 * 5),
+        "(other)": Counts(matmul_macs=2 * 5 * 7, activations=2 * 7),
     }
 
 
@@ -97,11 +196,16 @@ def test_command_prints_counts_and_writes_the_record(capsys, tmp_path):
     assert main(["info", "vim_tiny_patch16_224", "--results", str(target)]) == 0
     output = capsys.readouterr().out
     total = next(line for line in output.splitlines() if line.startswith("total"))
-    assert total.split() == ["total", "7148008", "1249291776", "43425792", "522878976"]
+    assert total.split() == ["total", "7148008", "1249291776", "43425792", "522878976", "10440232"]
     assert "published FLOPs: 1.5 G" in output
     [record] = json.loads(target.read_text())
     assert (record["params"], record["scan_ops"], record["img_size"]) == (7_148_008, 522_878_976, [224, 224])
     assert record["torch"]
+
+
+def test_command_prints_the_record_as_json(capsys):
+    assert main(["info", "test_vmamba", "--json", "--img-size", "64x96"]) == 0
+    assert json.loads(capsys.readouterr().out) == describe("test_vmamba", img_size=(64, 96))
 
 
 def test_command_shows_a_dash_where_nothing_is_published(capsys):

@@ -62,6 +62,14 @@ def test_stem_and_downsampling_round_sizes_up(size):
     assert PatchMerging(8)(maps).shape == (1, *halved, 16)
 
 
+def test_downsampling_keeps_maps_and_weights_channels_last():
+    """Else each call would reorder one of them."""
+    layer = ConvDownsample(8, 16)
+    layer.load_state_dict({key: value.clone().contiguous() for key, value in layer.state_dict().items()})
+    assert layer.conv.weight.is_contiguous(memory_format=torch.channels_last)
+    assert layer(torch.randn(2, 6, 5, 8)).is_contiguous()
+
+
 def test_images_smaller_than_a_patch_are_refused():
     model = vssm.create_model("test_vmamba", stem_layer=lambda chans, dim: PatchStem(chans, dim, patch_size=4))
     with pytest.raises(ValueError, match="at least 4×4 pixels, one patch, got 3×64"):

@@ -1,11 +1,12 @@
-"""Counts of a model: parameters, multiply-adds of matrix products and convolutions, operations of scans."""
+"""Counts of a model: parameters, multiply-adds of products and convolutions, operations of scans, activations."""
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from vssm.engine.published import PUBLISHED
 from vssm.engine.zoo import count_parameters, create_by_name, input_size
@@ -22,12 +23,14 @@ class Counts(NamedTuple):
         matmul_macs: Multiply-adds of matrix products, the low-rank product dt_weight·dt inside the scan op included.
         conv_macs: Multiply-adds of convolutions.
         scan_ops: Operations of the recurrences, 9·b·k·d·l·n.
+        activations: Elements that products, convolutions and scans write.
     """
 
     params: int = 0
     matmul_macs: int = 0
     conv_macs: int = 0
     scan_ops: int = 0
+    activations: int = 0
 
     def plus(self, other: "Counts") -> "Counts":
         """Sums each count."""
@@ -44,6 +47,7 @@ def describe(name: str, *, img_size: tuple[int, int] | None = None, batch_size: 
     Counted are matrix products (linear layers, attention, dt_weight·dt) and convolutions, one per multiply-add without
     biases, and the scan's recurrence with 9·b·k·d·l·n operations, the convention of the field. Norms, activations,
     gates, additions and pooling are not. The sum of the three is what papers on state-space backbones print as FLOPs.
+    Activations are the elements of the results of what is counted, which is what limits speed where memory does.
 
     Args:
         name: A model of vssm or timm.
@@ -51,9 +55,9 @@ def describe(name: str, *, img_size: tuple[int, int] | None = None, batch_size: 
         batch_size: Images in the forward pass.
 
     Returns:
-        Record with ``params``, ``matmul_macs``, ``conv_macs``, ``scan_ops``, the same in readable units (``params_m``,
-        ``gmacs``, ``scan_gops``, ``total_gflops``), the published figures (``None`` where none are known for this
-        input) and ``parts``, one mapping per part of the model.
+        Record with ``params``, ``matmul_macs``, ``conv_macs``, ``scan_ops``, ``activations``, the same in readable
+        units (``params_m``, ``gmacs``, ``scan_gops``, ``total_gflops``, ``activations_m``), the published figures
+        (``None`` where none are known for this input) and ``parts``, one mapping per part of the model.
 
     Raises:
         ValueError: The name is unknown, or the model takes no other input size.
@@ -78,6 +82,7 @@ def describe(name: str, *, img_size: tuple[int, int] | None = None, batch_size: 
         "gmacs": macs / 1e9,
         "scan_gops": total.scan_ops / 1e9,
         "total_gflops": (macs + total.scan_ops) / 1e9,
+        "activations_m": total.activations / 1e6,
         "published_params_m": published and published.params_m,
         "published_gflops": published and published.gflops,
         "published_source": published and published.source,
@@ -96,15 +101,22 @@ def count_parts(model: nn.Module, images: torch.Tensor) -> dict[str, Counts]:
         Part to its counts: the direct children of the model, its stages one by one, and ``(other)`` for what belongs
         to no child, such as class tokens and position embeddings. The parts add up to the whole.
     """
-    flops = _count_flops(model, images, {})
-    steps = _count_flops(model, images, {torch.ops.vssm.scan: _step_product_flops})
-    parts = {path: _counts(part, f"{type(model).__name__}.{path}", flops, steps) for path, part in _parts(model)}
-    rest = Counts(count_parameters(model), *_split(flops["Global"], steps["Global"]))
+    operations = _count_operations(model, images)
+    parts = {path: _counts(part, f"{type(model).__name__}.{path}", operations) for path, part in _parts(model)}
+    rest = operations["Global"].plus(Counts(count_parameters(model)))
     for counts in parts.values():
         rest = rest.minus(counts)
     if any(rest):
         parts["(other)"] = rest
     return {path: counts for path, counts in parts.items() if any(counts)}
+
+
+def _count_operations(model: nn.Module, images: torch.Tensor) -> dict[str, Counts]:
+    """Counts, but for parameters, by the path of the module that was called."""
+    flops = _count_flops(model, images, {})
+    steps = _count_flops(model, images, {torch.ops.vssm.scan: _step_product_flops})
+    written = _count_flops(model, images, dict.fromkeys(flop_registry, _written_elements))
+    return {path: _split(flops[path], steps[path], written[path]) for path in flops}
 
 
 def _count_flops(model: nn.Module, images: torch.Tensor, formulas: dict) -> _Flops:
@@ -118,6 +130,11 @@ def _step_product_flops(x, dt, A, B, C, D, dt_weight, *_: object, **__: object) 
     return step_product_flops(dt, dt_weight)
 
 
+def _written_elements(*_: object, out_shape, **__: object) -> int:
+    """Elements of an operator's result; of several, the first is what the next layer reads."""
+    return math.prod(out_shape if isinstance(out_shape, torch.Size) else out_shape[0])
+
+
 def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, child in model.named_children():
         if name == "stages":
@@ -126,23 +143,29 @@ def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, child
 
 
-def _counts(module: nn.Module, path: str, flops: _Flops, steps: _Flops) -> Counts:
-    return Counts(count_parameters(module), *_operations(module, path, flops, steps))
+def _counts(module: nn.Module, path: str, operations: dict[str, Counts]) -> Counts:
+    return _below(module, path, operations).plus(Counts(count_parameters(module)))
 
 
-def _operations(module: nn.Module, path: str, flops: _Flops, steps: _Flops) -> tuple[int, int, int]:
-    """Counts below ``path``; a container that is never called, such as a ModuleList, has those of its children."""
-    if path in flops:
-        return _split(flops[path], steps[path])
-    children = [_operations(child, f"{path}.{name}", flops, steps) for name, child in module.named_children()]
-    matmul, conv, scan = (sum(column) for column in zip(*children, strict=True)) if children else (0, 0, 0)
-    return matmul, conv, scan
+def _below(module: nn.Module, path: str, operations: dict[str, Counts]) -> Counts:
+    """Operations below ``path``; a container that is never called, such as a ModuleList, has those of its children."""
+    if path in operations:
+        return operations[path]
+    total = Counts()
+    for name, child in module.named_children():
+        total = total.plus(_below(child, f"{path}.{name}", operations))
+    return total
 
 
-def _split(flops: dict, steps: dict) -> tuple[int, int, int]:
-    """FLOPs by operator as (multiply-adds of matrix products, of convolutions, operations of scans)."""
+def _split(flops: dict, steps: dict, written: dict) -> Counts:
+    """Counts, but for parameters, from FLOPs and from written elements by operator."""
     scan = flops.get(torch.ops.vssm.scan, 0)
     conv = sum(count for operator, count in flops.items() if "conv" in str(operator))
     products = sum(flops.values()) - conv - scan
     step = steps.get(torch.ops.vssm.scan, 0)
-    return (products + step) // 2, conv // 2, scan - step
+    return Counts(
+        matmul_macs=(products + step) // 2,
+        conv_macs=conv // 2,
+        scan_ops=scan - step,
+        activations=sum(written.values()),
+    )

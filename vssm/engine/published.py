@@ -18,6 +18,7 @@ class Published(NamedTuple):
 
 
 _VIM = "Zhu et al., 2024, arXiv:2401.09417"
+_VMAMBA = "README of MzeroMiko/VMamba; Liu et al., 2024, arXiv:2401.10166"
 _VIM_FLOPS = f"{_VIM}; FLOPs after the README of LocalMamba, arXiv:2403.09338"
 _PLAINMAMBA = "Yang et al., 2024, arXiv:2403.17695; parameters without the classifier"
 
@@ -30,4 +31,13 @@ PUBLISHED = {
     "vim_small_patch16_224": Published(26, 5.1, _VIM_FLOPS),
     "vim_small_patch16_stride8_224": Published(26, None, _VIM),
     "vim_base_patch16_224": Published(98, None, _VIM),
+    "vmamba_tiny_s1l8": Published(30, 4.9, _VMAMBA),
+    "vmamba_tiny_s2l5": Published(31, 4.9, _VMAMBA),
+    "vmamba_small_s2l15": Published(50, 8.7, _VMAMBA),
+    "vmamba_small_s1l20": Published(49, 8.6, _VMAMBA),
+    "vmamba_base_s2l15": Published(89, 15.4, _VMAMBA),
+    "vmamba_base_s1l20": Published(87, 15.2, _VMAMBA),
+    "vmamba_tiny_v0": Published(23, 5.6, _VMAMBA),
+    "vmamba_small_v0": Published(44, 11.2, _VMAMBA),
+    "vmamba_base_v0": Published(76, 18.0, _VMAMBA),
 }

@@ -1,5 +1,6 @@
 """Downsampling between stages, by convolution; timm has `PatchMerging`, which merges patches of 2×2 tokens."""
 
+import torch
 from torch import Tensor, nn
 
 
@@ -14,6 +15,7 @@ class ConvDownsample(nn.Module):
     def __init__(self, dim: int, dim_out: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(dim, dim_out, kernel_size=3, stride=2, padding=1)
+        self.conv.to(memory_format=torch.channels_last)  # as its maps are: else each call would reorder the weight
         self.norm = nn.LayerNorm(dim_out)
 
     def forward(self, x: Tensor) -> Tensor:
