@@ -91,13 +91,13 @@ def test_stages_that_scan_come_first():
 
 
 def test_initialisation():
-    model = vssm.create_model("test_efficientvmamba", embed_dim=64, scan_stages=4)
-    block = model.stages[3].blocks[0]
+    model = vssm.create_model("test_efficientvmamba", embed_dim=64, scan_stages=3)
+    block = model.stages[2].blocks[0]
     for layer in (block.se.reduce, block.se.expand, block.mixer.in_proj, model.stages[1].downsample.reduction):
         assert abs(layer.weight.std() - 0.02) < 0.002
     assert (block.se.reduce.bias == 0).all()
     convolution = block.conv_branch.proj.weight  # PyTorch's default, unlike a linear layer's
-    assert 0.9 * 512**-0.5 < convolution.abs().max() <= 512**-0.5
+    assert 0.9 * 256**-0.5 < convolution.abs().max() <= 256**-0.5
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,13 @@ GRID_RECORDS = {
     "vmamba/vmamba_tiny_s2l5@160x256": "vmamba_tiny_s2l5",
     "vmamba/vanilla_vmamba_tiny": "vmamba_tiny_v0",
     "vmamba/vanilla_vmamba_tiny@160x256": "vmamba_tiny_v0",
+    "msvmamba/msvmamba_nano": "msvmamba_nano",
+    "msvmamba/msvmamba_nano@160x256": "msvmamba_nano",
+    "msvmamba/msvmamba_nano@200x136": "msvmamba_nano",
+    "msvmamba/msvmamba_tiny": "msvmamba_tiny",
+    "msvmamba/msvmamba_tiny@160x256": "msvmamba_tiny",
+    "msvmamba/msvmambav3_tiny": "msvmamba_tiny_v3",
+    "msvmamba/msvmambav3_tiny@160x256": "msvmamba_tiny_v3",
     "efficient_vmamba/efficient_vmamba_tiny": "efficientvmamba_tiny",
     "efficient_vmamba/efficient_vmamba_tiny@160x256": "efficientvmamba_tiny",
     "efficient_vmamba/efficient_vmamba_tiny@200x136": "efficientvmamba_tiny",
@@ -31,6 +38,7 @@ GRID_RECORDS = {
 # Their official backbones of detectors, which have a norm of their own, outnorm{i}, after each stage.
 GRID_BACKBONE_RECORDS = {
     "vmamba/vmamba_tiny_s1l8_backbone@256x192": "vmamba_tiny_s1l8",
+    "msvmamba/msvmamba_nano_backbone@256x192": "msvmamba_nano",
     "efficient_vmamba/efficient_vmamba_tiny_backbone@256x192": "efficientvmamba_tiny",
 }
 

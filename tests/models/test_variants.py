@@ -27,6 +27,11 @@ PARAMETERS = {
     "vmamba_tiny_v0": 22_893_448,
     "vmamba_small_v0": 44_417_416,
     "vmamba_base_v0": 76_254_056,
+    "msvmamba_nano": 6_864_136,
+    "msvmamba_micro": 11_879_272,
+    "msvmamba_tiny": 33_046_312,
+    "msvmamba_tiny_v3": 32_263_720,
+    "msvmamba_small_v3": 50_216_296,
     "efficientvmamba_tiny": 6_493_660,
     "efficientvmamba_small": 11_273_688,
     "efficientvmamba_base": 33_717_136,
@@ -50,7 +55,7 @@ def test_parameter_count(variant):
 def test_default_configuration(variant):
     name, model = variant
     for cfg in get_arch_pretrained_cfgs(name).values():
-        assert cfg.url.startswith("https://")
+        assert (cfg.url or cfg.origin_url).startswith("https://")
         assert cfg.license
         assert cfg.origin_url
         assert cfg.paper_ids

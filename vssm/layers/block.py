@@ -27,6 +27,8 @@ class MixerBlock(nn.Module):
 class MixerMlpBlock(MixerBlock):
     """x + mixer(norm1(x)), then x + mlp(norm2(x)), with stochastic depth on either branch.
 
+    A family whose second branch is another one overrides `feed`.
+
     Args:
         mixer: Maps tokens (b, l, c) and their grid's ``size`` to tokens.
         norm1: Norm before it.
@@ -45,4 +47,8 @@ class MixerMlpBlock(MixerBlock):
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """Maps tokens (b, l, c) in raster order of a grid ``size`` = (h, w) to tokens."""
         x = super().forward(x, size)
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        return x + self.drop_path(self.feed(x, size))
+
+    def feed(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """The second branch, mlp(norm2(x)), of tokens (b, l, c) in raster order of a grid ``size`` = (h, w)."""
+        return self.mlp(self.norm2(x))

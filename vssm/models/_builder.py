@@ -105,6 +105,11 @@ def _weights(cfg: dict[str, Any], variant: str, cache_dir: str | Path | None) ->
         return {}
     if cfg.get("url"):
         return {"state_dict": checkpoint.read(checkpoint.download(cfg["url"], folder=cache_dir))}
+    if cfg.get("tag"):
+        raise ValueError(
+            f"{variant}: the authors' file is no plain download: get it at {cfg['origin_url']} and pass "
+            f"checkpoint_path=PATH to vssm.create_model, or convert it with vssm convert PATH --model {variant}"
+        )
     raise ValueError(
         f"{variant}: there are no published weights for pretrained=True; pass pretrained_cfg_overlay={{'file': PATH}} "
         "to load your own"
