@@ -157,7 +157,7 @@ def test_imagenets_flat_validation_images_with_a_file_of_labels(tmp_path):
     for data in (tmp_path / "data", tmp_path / "flat", folder):
         for text in texts:
             (tmp_path / "labels.txt").write_text(text)
-            images = open_dataset(data, "val", options=DataOptions(labels=tmp_path / "labels.txt"))
+            images = open_dataset(data, "val", options=DataOptions(val_labels=tmp_path / "labels.txt"))
             assert dict(zip(levels(images), images.targets, strict=True)) == {1: 1, 2: 0, 3: 2}
 
 
@@ -175,7 +175,7 @@ def test_bad_files_of_labels_are_told_apart(tmp_path, text, message):
     if text is not None:
         (tmp_path / "labels.txt").write_text(text)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        open_dataset(path, "val", options=DataOptions(labels=tmp_path / "labels.txt"))
+        open_dataset(path, "val", options=DataOptions(val_labels=tmp_path / "labels.txt"))
 
 
 def test_labels_from_json_members(tmp_path):
@@ -394,5 +394,5 @@ def test_a_part_that_a_hugging_face_data_set_does_not_have_is_named(tmp_path):
 
 
 def test_options_survive_a_record():
-    options = DataOptions(val_split="test", labels=Path("x.txt"))
+    options = DataOptions(val_split="test", val_labels=Path("x.txt"))
     assert DataOptions.from_dict(json.loads(json.dumps(options.as_dict()))) == options

@@ -3,6 +3,7 @@
 import argparse
 import ast
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,15 @@ import torch
 
 from vssm.cli import UsageError
 from vssm.cli._options import device, image_size, positive_int
+from vssm.data import DataOptions
 from vssm.engine.classifier import Classifier, ModelSpec, build, load
 
 AMP_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+DATA_HELP = (
+    "a folder with class folders in train/ and val/, or with tar files named after these parts; a .tar of such a "
+    "folder; a pattern such as '{train-{0000..0127},val-{00..07}}.tar'; or hfds/NAME of the Hugging Face Hub; the "
+    "embedded digits if absent"
+)
 
 
 def number(low: float, high: float = float("inf")) -> Callable[[str], float]:
@@ -71,10 +78,38 @@ def add_model_arguments(group: argparse._ArgumentGroup) -> None:
 
 def add_compute_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options that say where and how to compute without training."""
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights, such as those vssm train writes")
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights, such as those that vssm train writes")
     parser.add_argument("--device", type=device, help="cpu, cuda, cuda:1 ...; a GPU by default if there is one")
     parser.add_argument("--batch-size", type=positive_int, default=64, metavar="N", help="images per step")
     parser.add_argument("--amp-dtype", choices=sorted(AMP_DTYPES), help="compute in half precision")
+
+
+def add_data_arguments(parser: argparse.ArgumentParser, *, training: bool = False) -> None:
+    """Adds the options that say how to read a data set, of which those who do not train see one part."""
+    group = parser.add_argument_group("data", "Tar files hold class folders, or webdataset samples with .cls or .json")
+    if training:
+        group.add_argument("--train-split", metavar="NAME", help="what the data calls the part to train on")
+    group.add_argument(
+        "--val-split",
+        metavar="NAME",
+        help="what it calls the part to validate on; val, validation, valid or test if absent",
+    )
+    group.add_argument(
+        "--class-names", type=Path, metavar="FILE", help="names of the classes, one per line, in the order of indices"
+    )
+    group.add_argument(
+        "--val-labels",
+        type=Path,
+        metavar="FILE",
+        help="classes of images to validate on that lie in no class folders: lines IMAGE CLASS, or one CLASS per line",
+    )
+    group.add_argument("--image-key", metavar="NAME", help="column of the images, of hfds/ (default: image)")
+    group.add_argument("--label-key", metavar="NAME", help="column of the classes, or key in .json (default: label)")
+
+
+def data_options(args: argparse.Namespace) -> DataOptions:
+    """How to read the data set."""
+    return DataOptions(**{field.name: getattr(args, field.name, None) for field in fields(DataOptions)})
 
 
 def model_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -29,7 +29,7 @@ class DataOptions:
         train_split: What it calls the part to train on.
         val_split: What it calls the part to validate on.
         class_names: File of the classes' names, one per line, in the order of their indices.
-        labels: File of the images' classes, for images that do not lie in class folders.
+        val_labels: File of the classes of the images to validate on, where these do not lie in class folders.
         image_key: Column of the images, of a Hugging Face data set.
         label_key: Column of the classes, or their key in webdataset's .json members.
     """
@@ -37,7 +37,7 @@ class DataOptions:
     train_split: str | None = None
     val_split: str | None = None
     class_names: Path | None = None
-    labels: Path | None = None
+    val_labels: Path | None = None
     image_key: str | None = None
     label_key: str | None = None
 
@@ -52,7 +52,7 @@ class DataOptions:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "DataOptions":
         """The options that `as_dict` has written."""
-        files = {name: Path(values[name]) for name in ("class_names", "labels") if name in values}
+        files = {name: Path(values[name]) for name in ("class_names", "val_labels") if name in values}
         return cls(**{**values, **files})
 
 
@@ -90,8 +90,8 @@ def open_dataset(
     if data is None:
         return _open_digits(split, classes)
     listing = _find(os.fspath(data), options.wanted(split), options)
-    if options.labels is not None:
-        listing = replace(listing, labels=read_labels(options.labels, listing.names), class_names=None)
+    if split == "val" and options.val_labels is not None:
+        listing = replace(listing, labels=read_labels(options.val_labels, listing.names), class_names=None)
     return _open(listing, classes, preferred, options)
 
 
@@ -130,7 +130,8 @@ def _find(data: str, wanted: Wanted, options: DataOptions) -> Listing:
     if isinstance(place, list):
         more = f" and {len(place) - 1} more" if len(place) > 1 else ""
         return list_tars(place, source=f"{place[0]}{more}", label_key=options.label_key)
-    return _list_loose(place, layout) if options.labels is not None else list_folder(place, layout=layout)
+    loose = wanted.split == "val" and options.val_labels is not None
+    return _list_loose(place, layout) if loose else list_folder(place, layout=layout)
 
 
 def _list_loose(folder: Path, layout: str) -> Listing:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vssm.engine.memory import halving
 from vssm.engine.records import environment
 from vssm.engine.timing import measure_memory, measure_time
 from vssm.engine.zoo import count_parameters, create_by_name, input_size
@@ -100,7 +101,7 @@ def _measure_inference(model: Callable[[Tensor], Tensor], shape: tuple[int, ...]
         images = torch.randn(batch_size, *shape, device=setting.device)
         return _rates(step(images), batch_size, _bytes_of([*_tensors(module), images]), setting)
 
-    rates = _halving(measure, setting.batch_size)
+    rates = halving(measure, setting.batch_size)
     one_image = torch.randn(1, *shape, device=setting.device)
     times = measure_time(step(one_image), setting.device, warmup=setting.warmup, repeats=setting.repeats)
     latency = {"latency_ms": times["median"], "latency_p10_ms": times["p10"], "latency_p90_ms": times["p90"]}
@@ -127,7 +128,7 @@ def _measure_training(model: Callable[[Tensor], Tensor], shape: tuple[int, ...],
         state = [value for values in optimizer.state.values() for value in values.values() if isinstance(value, Tensor)]
         return _rates(call, batch_size, _bytes_of([*_tensors(module), *state, images, labels]), setting)
 
-    return {f"train_{key}": value for key, value in _halving(measure, setting.batch_size).items()}
+    return {f"train_{key}": value for key, value in halving(measure, setting.batch_size).items()}
 
 
 def _rates(call: Callable[[], object], batch_size: int, held: int, setting: Setting) -> dict:
@@ -140,25 +141,6 @@ def _rates(call: Callable[[], object], batch_size: int, held: int, setting: Sett
         "images_per_s_p90": 1e3 * batch_size / times["p10"],
         "peak_memory_mib": held / 2**20 + measure_memory(call, setting.device),
     }
-
-
-def _halving(measure: Callable[[int], dict], batch_size: int) -> dict:
-    """Measures with the largest of ``batch_size``, its half, its quarter ... that fits into memory."""
-    while True:
-        try:
-            return measure(batch_size)
-        except RuntimeError as error:
-            if not _is_out_of_memory(error):
-                raise
-        if batch_size == 1:
-            raise ValueError("one image does not fit into memory; take a smaller --img-size")
-        batch_size //= 2
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def _module(model: Callable[[Tensor], Tensor]) -> nn.Module:

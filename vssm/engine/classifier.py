@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import vssm
 from vssm import checkpoint
+from vssm.data.labels import imagenet_synsets
 from vssm.data.loaders import InputConfig
 
 _IMAGENET_CLASSES = 1000
@@ -97,6 +98,12 @@ class Classifier:
         if count == _IMAGENET_CLASSES:
             return tuple(map(ImageNetInfo().index_to_description, range(count)))
         return tuple(map(str, range(count)))
+
+    @property
+    def usual_names(self) -> tuple[str, ...]:
+        """What data may call the classes of a classifier without names from data: ImageNet's synsets, or indices."""
+        count = self.spec.num_classes or 0
+        return tuple(imagenet_synsets() if count == _IMAGENET_CLASSES else map(str, range(count)))
 
 
 def build(spec: ModelSpec, *, classes: Sequence[str] | None = None) -> Classifier:

@@ -1,9 +1,11 @@
 """Accuracy of a classifier on labelled images."""
 
+import os
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +13,21 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from vssm.data import LabelledImages, open_dataset
+from vssm.data import DataOptions, LabelledImages, open_dataset
 from vssm.data.loaders import ReadingCheck, eval_loader
 from vssm.engine.classifier import Classifier
+from vssm.engine.memory import halving
+from vssm.engine.tallies import PerClass, RealLabels, Tally, read_real_labels, real_labels_of
 
 
 def evaluate(
-    model: nn.Module, loader: DataLoader, *, source: str, device: torch.device, amp_dtype: torch.dtype | None = None
+    model: nn.Module,
+    loader: DataLoader,
+    *,
+    source: str,
+    device: torch.device,
+    amp_dtype: torch.dtype | None = None,
+    tallies: Sequence[Tally] = (),
 ) -> dict[str, float | int]:
     """Runs a model over all images of a loader.
 
@@ -27,6 +37,7 @@ def evaluate(
         source: Where the images come from, for messages.
         device: Where to compute; the model is there.
         amp_dtype: Half precision for autocast; float32 when not given.
+        tallies: What else counts the answers.
 
     Returns:
         ``top1`` and ``top5`` in percent, ``loss`` (mean cross-entropy in nats), the counts ``images``,
@@ -45,7 +56,10 @@ def evaluate(
         if len(batch.targets):
             with torch.inference_mode(), autocast(device, amp_dtype):
                 logits = model(batch.images.to(device, non_blocking=True))
-            counts += _count(logits.float().cpu(), batch.targets)
+            logits = logits.float().cpu()
+            counts += _count(logits, batch.targets)
+            for tally in tallies:
+                tally.update(logits, batch)
     check.warn()
     model.train(training)
     images, top1, top5, loss = counts.tolist()
@@ -63,46 +77,76 @@ def evaluate(
 
 def validate(
     classifier: Classifier,
-    data_dir: Path | None,
+    data_dir: str | os.PathLike | None,
     *,
     device: torch.device,
     batch_size: int = 128,
     workers: int = 0,
     amp_dtype: torch.dtype | None = None,
-) -> dict[str, float | int]:
-    """Evaluates a classifier on the held-out part of a data set; returns what `evaluate` does.
+    options: DataOptions | None = None,
+    real_labels: str | None = None,
+    per_class: bool = False,
+) -> dict[str, Any]:
+    """Evaluates a classifier on the held-out part of a data set.
 
     Args:
         classifier: What to evaluate.
-        data_dir: Folder of the data set; the embedded digits when not given.
+        data_dir: The data set, as `vssm.data.open_dataset` takes it; the embedded digits when not given.
         device: Where to compute.
-        batch_size: Images per step.
+        batch_size: Images per step; halved until a step fits into memory.
         workers: Processes that read images; 0 to read in this one.
         amp_dtype: Half precision for autocast; float32 when not given.
+        options: How to read the data set.
+        real_labels: File of several right classes per image, or ``imagenet`` for the one that comes with timm.
+        per_class: Also count per class.
+
+    Returns:
+        What `evaluate` does, and ``batch_size``; with real labels ``real_top1``, ``real_top5`` and ``real_images``, and
+        per class the list ``per_class``, as `vssm.engine.tallies` describes them.
 
     Raises:
         FileNotFoundError: There is no such data.
-        ValueError: The data has other classes than the classifier.
+        ValueError: The data has other classes than the classifier, or one image does not fit into memory.
     """
-    images = open_for(classifier, data_dir)
-    loader = eval_loader(
-        images, classifier.config, batch_size=batch_size, workers=workers, pin_memory=device.type == "cuda"
-    )
+    images = open_for(classifier, data_dir, options=options)
+    right = None if real_labels is None else real_labels_of(images, read_real_labels(real_labels), source=real_labels)
+    names = (*images.classes, *classifier.classes[len(images.classes) :])
     model = classifier.model.to(device)
-    return evaluate(model, loader, source=images.source, device=device, amp_dtype=amp_dtype)
+
+    def work(size: int) -> dict[str, Any]:
+        loader = eval_loader(
+            images, classifier.config, batch_size=size, workers=workers, pin_memory=device.type == "cuda"
+        )
+        real, classes = None if right is None else RealLabels(right), PerClass(names) if per_class else None
+        tallies = [tally for tally in (real, classes) if tally is not None]
+        metrics = evaluate(model, loader, source=images.source, device=device, amp_dtype=amp_dtype, tallies=tallies)
+        more = {} if real is None else real.metrics()
+        rows = {} if classes is None else {"per_class": classes.rows()}
+        return {**metrics, **more, "batch_size": size, **rows}
+
+    return halving(work, batch_size)
 
 
-def open_for(classifier: Classifier, data_dir: Path | None) -> LabelledImages:
+def open_for(
+    classifier: Classifier, data_dir: str | os.PathLike | None, *, options: DataOptions | None = None
+) -> LabelledImages:
     """Opens the held-out part of a data set with the class indices of a classifier.
 
-    Where the classifier's classes have no names, the classes of the data must be as many, and count in their order.
+    Where the classifier's classes have no names, those of the data count in their order and must be as many; unless
+    the data calls them as ImageNet does, or by their indices.
 
     Raises:
         FileNotFoundError: There is no such data.
         ValueError: The data has other classes than the classifier.
     """
-    images = open_dataset(data_dir, "val", classes=classifier.data_classes)
     count = classifier.spec.num_classes
+    images = open_dataset(
+        data_dir,
+        "val",
+        classes=classifier.data_classes,
+        preferred=classifier.usual_names,
+        options=options or DataOptions(),
+    )
     if classifier.data_classes is None and len(images.classes) != count:
         raise ValueError(
             f"{images.source}: expected {count} classes, as {classifier.spec.model} has, got {len(images.classes)}"

@@ -67,6 +67,25 @@ def write_results(path: str | os.PathLike, records: Sequence[dict]) -> None:
             _write_csv(file, rows)
 
 
+def read_results(path: str | os.PathLike) -> list[dict]:
+    """Reads the records that :func:`write_results` has written; of a .csv file, all values are text.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file holds something else.
+    """
+    with open(path, encoding="utf-8", newline="") as file:
+        try:
+            records = (
+                json.load(file) if Path(path).suffix.lower() == ".json" else list(csv.DictReader(file, strict=True))
+            )
+        except (ValueError, csv.Error) as error:
+            raise ValueError(f"{path}: not a file of results ({error})") from error
+    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+        raise ValueError(f"{path}: not a file of results (expected a list of records)")
+    return records
+
+
 def format_table(records: Sequence[dict], columns: Sequence[str]) -> str:
     """Lays records out as aligned plain text: a header, then one line per record, numbers to the right.
 
