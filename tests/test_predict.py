@@ -2,6 +2,7 @@ import csv
 import json
 import math
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,10 @@ from PIL import Image
 from torch import nn
 
 from image_folders import TINY, make_folder
+from tar_files import png, write_tar
 from vssm.cli import demo as demo_command
 from vssm.cli import main
-from vssm.data import open_dataset
+from vssm.data import DataOptions, open_dataset
 from vssm.data.loaders import InputConfig, eval_loader
 from vssm.engine import classifier as classifiers
 from vssm.engine import demo as demo_engine
@@ -29,6 +31,11 @@ SPEC = ModelSpec(
     in_chans=1,
     img_size=(16, 16),
 )
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("VSSM_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +193,7 @@ def test_download_that_fails_names_the_option_for_a_file_at_hand(monkeypatch, ca
 
 def test_predict_prints_and_writes_probabilities(run, checkpoint, tmp_path, capsys):
     folder, picture, records = run / "data" / "val", tmp_path / "sheet.png", tmp_path / "out.json"
-    command = ["predict", str(folder), "--checkpoint", checkpoint, "--json", str(records), "--picture", str(picture)]
+    command = ["predict", str(folder), "--checkpoint", checkpoint, "--results", str(records), "--picture", str(picture)]
     assert main([*command, "--top-k", "7"]) == 0
     content = json.loads(records.read_text())
     assert len(content) == 12
@@ -206,7 +213,7 @@ def test_predict_prints_and_writes_probabilities(run, checkpoint, tmp_path, caps
 def test_predictions_equal_the_model_on_the_normalised_image(run, checkpoint):
     classifier = classifiers.load(checkpoint)
     path = run / "data" / "val" / "light" / "000.png"
-    (record,) = predict(classifier, gather_images([path], classifier.classes), device=CPU)
+    (record,) = predict(classifier, gather_images([path], classifier), device=CPU)
     pixels = torch.tensor(np.asarray(Image.open(path).convert("L"))) / 255  # 16x16 of 16/0.875: resized, then cropped
     assert record["true"] is None
     assert record["correct"] is None
@@ -229,6 +236,39 @@ def test_predict_refuses_what_it_cannot_read(run, checkpoint, tmp_path, capsys):
     assert "no images in this folder" in _fails(capsys, "predict", empty, "--checkpoint", checkpoint)
     error = _fails(capsys, "predict", good, "--checkpoint", checkpoint, "--picture", "sheet.txt")
     assert "expected a file name ending in .png, .jpg" in error
+
+
+def test_predict_takes_data_sets_of_every_kind_and_leaves_out_what_it_cannot_read(run, checkpoint, tmp_path, caplog):
+    with tarfile.open(tmp_path / "val.tar", "w") as archive:
+        archive.add(run / "data" / "val", arcname=".")
+    many = make_folder(tmp_path / "many", train=1, val=75)
+    (many / "val" / "light" / "074.png").write_bytes(b"not an image")
+    results = tmp_path / "out.csv"
+    places = [tmp_path / "val.tar", run / "data" / "val" / "dark" / "000.png", many / "val", tmp_path / "{val}.tar"]
+    places[-1] = Path(f"{tmp_path}/{{val,val}}.tar")
+    command = ["predict", *map(str, places), "--checkpoint", checkpoint, "--results", str(results), "--top-k", "1"]
+    assert main([*command, "--workers", "1"]) == 0
+    rows = list(csv.DictReader(results.open()))
+    assert [int(row["index"]) for row in rows] == [*range(12), 12, *range(13, 162), *range(163, 187)]
+    assert [row["true"] for row in rows[::6]][:3] == ["dark", "light", ""]
+    assert rows[0]["image"].startswith(f"{tmp_path}/val.tar/")
+    assert all(row["class_1"] == row["true"] and float(row["probability_1"]) > 0.5 for row in rows if row["true"])
+    assert "left out: " in caplog.text
+    assert "074.png: not a readable image" in caplog.text
+
+
+def test_known_classes_of_images_are_told_by_folder_index_or_synset(tmp_path):
+    unnamed = classifiers.build(ModelSpec.from_dict({**SPEC.as_dict(), "num_classes": 1000}))
+    places = [
+        write_tar(tmp_path / "synsets.tar", {"n01443537/1.png": png(1), "unheard_of/2.png": png(1)}),
+        write_tar(tmp_path / "indices.tar", {"1.png": png(1), "1.cls": 3, "2.png": png(1), "2.cls": 1000}),
+    ]
+    assert gather_images(places, unnamed).targets == (1, -1, 3, -1)
+    names = tmp_path / "names.txt"
+    names.write_text("a\nb\nc\nn01440764\n")
+    assert gather_images(places[1:], unnamed, options=DataOptions(class_names=names)).targets == (0, -1)
+    write_tar(tmp_path / "folder" / "x.tar", {"n01443537/1.png": png(1)})
+    assert gather_images([tmp_path / "folder"], unnamed).targets == (1,)
 
 
 def test_classes_without_names_are_called_by_imagenet_or_by_number():

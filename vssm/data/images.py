@@ -4,7 +4,9 @@ import os
 import re
 import struct
 import warnings
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import IO
 
@@ -24,6 +26,7 @@ _DAMAGED = (
     Image.DecompressionBombWarning,
 )
 _MODES = {1: "L", 3: "RGB"}
+UNKNOWN = -1  # target of an image whose class nobody has told
 
 
 class UnreadableImage(ValueError):
@@ -57,6 +60,35 @@ class LabelledImages(Dataset):
     def name(self, index: int) -> str:
         """What to call an image in messages and results."""
         raise NotImplementedError
+
+
+class JoinedImages(LabelledImages):
+    """Images of several places, one after the other.
+
+    Args:
+        parts: At least one, with the same classes.
+    """
+
+    def __init__(self, parts: Sequence[LabelledImages]) -> None:
+        source = ", ".join(part.source for part in parts)
+        targets = [target for part in parts for target in part.targets]
+        super().__init__(source=source, classes=parts[0].classes, targets=targets)
+        self._parts = tuple(parts)
+        self._ends = list(accumulate(map(len, parts)))
+
+    def load(self, index: int, *, channels: int) -> Image.Image:
+        """Reads an image to 1 (grey) or 3 (colour) channels; raises `UnreadableImage`."""
+        part, place = self._find(index)
+        return part.load(place, channels=channels)
+
+    def name(self, index: int) -> str:
+        """What its place calls it."""
+        part, place = self._find(index)
+        return part.name(place)
+
+    def _find(self, index: int) -> tuple[LabelledImages, int]:
+        which = bisect_right(self._ends, index)
+        return self._parts[which], index - (self._ends[which - 1] if which else 0)
 
 
 class ImageFiles(LabelledImages):

@@ -63,11 +63,7 @@ def choose_tars(pattern: str, wanted: Wanted) -> list[Path]:
         FileNotFoundError: Files of the pattern are not there.
         ValueError: It is no pattern of tar files, or none of them is named after the part.
     """
-    paths = [Path(name) for name in expand_braces(pattern)]
-    if others := [path for path in paths if path.suffix.lower() != ".tar"]:
-        raise ValueError(f"{pattern}: expected a pattern of .tar files, got {others[0].name}")
-    if missing := [path for path in paths if not path.is_file()]:
-        raise FileNotFoundError(f"{pattern}: {len(missing)} of its {len(paths)} files are not there ({some(missing)})")
+    paths = find_tars(pattern)
     for name in wanted.names:
         if found := [path for path in paths if _has_word(path.name, name)]:
             return found
@@ -77,6 +73,21 @@ def choose_tars(pattern: str, wanted: Wanted) -> list[Path]:
         f"{pattern}: none of its {len(paths)} files has {_either(wanted.names)} in its name; expected a pattern of "
         "both parts, as in {train-{0000..0127},val-{00..07}}.tar, or the folder of all"
     )
+
+
+def find_tars(pattern: str) -> list[Path]:
+    """The tar files of a pattern.
+
+    Raises:
+        FileNotFoundError: Files of the pattern are not there.
+        ValueError: It is no pattern of tar files.
+    """
+    paths = [Path(name) for name in expand_braces(pattern)]
+    if others := [path for path in paths if path.suffix.lower() != ".tar"]:
+        raise ValueError(f"{pattern}: expected a pattern of .tar files, got {others[0].name}")
+    if missing := [path for path in paths if not path.is_file()]:
+        raise FileNotFoundError(f"{pattern}: {len(missing)} of its {len(paths)} files are not there ({some(missing)})")
+    return paths
 
 
 def choose_in_folder(root: Path, wanted: Wanted, *, layout: str) -> Path | list[Path]:
