@@ -2,11 +2,14 @@
 
 import json
 import math
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
+import vssm
 from vssm.cli import main
 from vssm.engine.info import Counts, count_parts, describe
 
@@ -72,21 +75,88 @@ def vmamba_block(c: int, tokens: int, *, expand: int, n: int, first: bool) -> Co
     return Counts(weights + vectors, tokens * weights, tokens * 9 * d, tokens * 9 * k * d * n, tokens * activations)
 
 
+def pyramid_counts(
+    width: int, depths: tuple[int, ...], block: Callable[[int, int], Counts], *, first: bool
+) -> dict[str, Counts]:
+    """Parts by hand, at 224 × 224, of a model with VMamba's stem and downsampling and a block of width and tokens."""
+    side = 56
+    parts = {"stem": vmamba_stem(width, side**2, first=first)}
+    for i, depth in enumerate(depths):
+        if i > 0:
+            width, side = 2 * width, side // 2
+        parts[f"stages.{i}"] = vmamba_downsample(width, side**2, first=first) if i > 0 else Counts()
+        for _ in range(depth):
+            parts[f"stages.{i}"] = parts[f"stages.{i}"].plus(block(width, side**2))
+    head = Counts(params=width * 1000 + 1000, matmul_macs=width * 1000, activations=1000)
+    return parts | {"norm": Counts(params=2 * width), "head": head}
+
+
 def vmamba_counts(
     width: int, depths: tuple[int, ...], *, expand: int = 2, n: int = 1, first: bool = False
 ) -> dict[str, Counts]:
-    """VMamba's parts by hand, at 224 × 224."""
-    cells = 56**2
-    parts = {"stem": vmamba_stem(width, cells, first=first)}
-    for i, depth in enumerate(depths):
-        if i > 0:
-            width, cells = 2 * width, cells // 4
-        parts[f"stages.{i}"] = vmamba_downsample(width, cells, first=first) if i > 0 else Counts()
-        for _ in range(depth):
-            block = vmamba_block(width, cells, expand=expand, n=n, first=first)
-            parts[f"stages.{i}"] = parts[f"stages.{i}"].plus(block)
-    head = Counts(params=width * 1000 + 1000, matmul_macs=width * 1000, activations=1000)
-    return parts | {"norm": Counts(params=2 * width), "head": head}
+    return pyramid_counts(width, depths, partial(vmamba_block, expand=expand, n=n, first=first), first=first)
+
+
+def half_resolution(tokens: int) -> int:
+    return math.ceil(math.sqrt(tokens) / 2) ** 2
+
+
+def msvmamba_block(c: int, tokens: int, *, v3: bool) -> Counts:
+    """One scan at full and three at half resolution, each resolution with a parameter set of its own; one state."""
+    half, d, r = half_resolution(tokens), c if v3 else 2 * c, math.ceil(c / 16)
+    into, hidden, squeezed = d if v3 else 2 * d, (4 if v3 else 2) * c, d // 8
+    projections = d * (r + 2) + r * d  # of one token of either resolution
+    per_token = c * into + projections + d * c + 2 * c * hidden
+    vectors = (
+        4 * c + 2 * (3 * d) + 2 * d + hidden + c
+    )  # norm1 and norm2; dt_bias, A_log, D; out_norm; biases of the MLP
+    convolutions = (9 + 1) * d + (49 + 1) * d + (9 + 1) * hidden
+    written_per_token = into + d + (r + 2) + d + c + 2 * hidden + c
+    return Counts(
+        params=per_token + projections + 2 * d * squeezed + vectors + convolutions,
+        matmul_macs=tokens * per_token + half * projections + 2 * d * squeezed,
+        conv_macs=tokens * 9 * (d + hidden) + half * 49 * d,
+        scan_ops=9 * d * (tokens + 3 * half),
+        activations=tokens * written_per_token + half * (d + r + 2 + (d if v3 else 3 * d)) + squeezed + d,
+    )
+
+
+def msvmamba_counts(width: int, depths: tuple[int, ...], *, v3: bool = False) -> dict[str, Counts]:
+    return pyramid_counts(width, depths, partial(msvmamba_block, v3=v3), first=not v3)
+
+
+def evss_block(c: int, tokens: int) -> Counts:
+    """A scan in which each token belongs to one of four directions, beside a convolution; one gate, used on both."""
+    k, d, n, r, squeezed = 4, 2 * c, 16, math.ceil(c / 16), c // 8
+    of_directions = d * (r + 2 * n) + r * d
+    gate = 2 * c * squeezed
+    vectors = 2 * c + k * d + k * (d * n + d) + 2 * d + 2 * c + 2 * c + squeezed + c  # norms, dt_bias, A_log, D, gate
+    convolutions = (9 + 1) * d + (9 + 1) * c + c * c + c
+    written_per_token = 2 * d + d + (r + 2 * n) + d + c + c + c
+    return Counts(
+        params=c * 2 * d + k * of_directions + d * c + gate + vectors + convolutions,
+        matmul_macs=tokens * (c * 2 * d + of_directions + d * c) + 2 * gate,
+        conv_macs=tokens * (9 * d + 9 * c + c * c),
+        scan_ops=tokens * 9 * d * n,
+        activations=tokens * written_per_token + 2 * (squeezed + c),
+    )
+
+
+def inverted_residual(c: int, tokens: int) -> Counts:
+    h = 4 * c
+    weights, squeeze = 2 * c * h + 9 * h, 2 * h * (h // 8)
+    return Counts(
+        params=weights + squeeze + 2 * h + 2 * h + 2 * c + h // 8 + h,
+        conv_macs=tokens * weights + squeeze,
+        activations=tokens * (2 * h + c) + h // 8 + h,
+    )
+
+
+def efficientvmamba_counts(width: int, depths: tuple[int, ...]) -> dict[str, Counts]:
+    def block(c: int, tokens: int) -> Counts:
+        return evss_block(c, tokens) if c < 4 * width else inverted_residual(c, tokens)
+
+    return pyramid_counts(width, depths, block, first=True)
 
 
 VMAMBA = {
@@ -114,6 +184,27 @@ VMAMBA_GFLOPS = {
 }
 
 
+MSVMAMBA = {
+    "msvmamba_nano": msvmamba_counts(48, (1, 2, 5, 2)),
+    "msvmamba_micro": msvmamba_counts(64, (1, 2, 5, 2)),
+    "msvmamba_tiny": msvmamba_counts(96, (1, 2, 9, 2)),
+    "msvmamba_tiny_v3": msvmamba_counts(96, (2, 2, 9, 2), v3=True),
+    "msvmamba_small_v3": msvmamba_counts(96, (2, 3, 20, 2), v3=True),
+}
+EFFICIENTVMAMBA = {
+    "efficientvmamba_tiny": efficientvmamba_counts(48, (2, 2, 4, 2)),
+    "efficientvmamba_small": efficientvmamba_counts(64, (2, 2, 4, 2)),
+    "efficientvmamba_base": efficientvmamba_counts(96, (2, 2, 9, 2)),
+}
+# What the same rule gives of the official models, in G, counted on them.
+OFFICIAL_GFLOPS = {
+    "msvmamba_nano": 0.8609,
+    "msvmamba_tiny": 4.5576,
+    "msvmamba_tiny_v3": 5.0997,
+    "efficientvmamba_tiny": 0.7879,
+}
+
+
 @pytest.mark.parametrize(
     ("size", "batch"), [(None, 1), ((160, 256), 1), (None, 3)], ids=["default", "other size", "batch"]
 )
@@ -138,6 +229,33 @@ def test_vmamba_equals_the_hand_formula_and_the_published_figures(name):
     assert round(authors, 2) == VMAMBA_GFLOPS[name]
     assert authors == pytest.approx(record["published_gflops"], rel=0.016)  # two are printed up to 1.6 % higher
     assert record["params_m"] == pytest.approx(record["published_params_m"], abs=0.5)
+
+
+@pytest.mark.parametrize("name", MSVMAMBA)
+def test_msvmamba_equals_the_hand_formula_and_the_published_figures(name):
+    record = describe(name)
+    assert {part.pop("part"): Counts(**part) for part in record["parts"]} == MSVMAMBA[name]
+    model = vssm.create_model(name)
+    again = 0  # the official code projects each of the three sequences at half resolution, not the map once
+    for stage, side in zip(model.stages, (56, 28, 14, 7), strict=True):
+        ssm = stage.blocks[0].mixer.ssm_half
+        again += 2 * len(stage.blocks) * half_resolution(side**2) * (ssm.x_proj.weight.numel() + ssm.dt_weight.numel())
+    authors = record["total_gflops"] + record["scan_gops"] / 9 + again / 1e9
+    if name in OFFICIAL_GFLOPS:
+        assert round(authors, 4) == OFFICIAL_GFLOPS[name]
+    assert authors == pytest.approx(record["published_gflops"], rel=0.045)  # one digit of 0.9
+    assert record["params_m"] == pytest.approx(record["published_params_m"], abs=0.5)
+
+
+@pytest.mark.parametrize("name", EFFICIENTVMAMBA)
+def test_efficientvmamba_equals_the_hand_formula_and_the_published_figures(name):
+    record = describe(name)
+    assert {part.pop("part"): Counts(**part) for part in record["parts"]} == EFFICIENTVMAMBA[name]
+    authors = record["total_gflops"] + record["scan_gops"] / (9 * 16)
+    if name in OFFICIAL_GFLOPS:
+        assert round(authors, 4) == OFFICIAL_GFLOPS[name]
+    assert round(authors, 1) == record["published_gflops"]
+    assert record["params_m"] == pytest.approx(record["published_params_m"], abs=0.75)
 
 
 def test_parameters_are_those_of_the_official_model():

@@ -431,10 +431,19 @@ def test_configs_of_imagenet_are_the_published_recipes():
     base = _recipe_of(Recipe(), "--config", str(CONFIGS / "imagenet" / "vmamba_base_s2l15.yaml"))
     assert (base.batch_size, base.lr, base.weight_decay, base.drop_path, base.clip_grad) == (1024, 1e-3, 0.05, 0.6, 5.0)
     assert (base.aug_repeats, base.model_ema_decay, base.warmup_epochs, base.amp) == (1, 0.9999, 20, True)
+    light = _recipe_of(Recipe(), "--config", str(CONFIGS / "imagenet" / "efficientvmamba_tiny.yaml"))
+    assert (light.batch_size, light.lr, light.weight_decay, light.drop_path, light.clip_grad) == (
+        2048,
+        2e-3,
+        0.04,
+        0.1,
+        1,
+    )
+    assert (light.warmup_lr, light.min_lr, light.aa, light.model_ema_decay) == (1e-7, 1e-6, "rand-m9-mstd0.5", 0.9999)
     for path in (CONFIGS / "imagenet").glob("[!_]*.yaml"):
         recipe = _recipe_of(Recipe(), "--config", str(path))
         assert recipe.model == path.stem
-        assert recipe.mixup == 0.8
+        assert recipe.mixup == (0.2 if path.stem.startswith("efficientvmamba") else 0.8)
 
 
 def test_another_model_does_not_get_the_arguments_of_the_digits_model():

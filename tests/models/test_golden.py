@@ -84,7 +84,14 @@ def test_classifier_of_stages_computes_the_official_outputs(name, device):
 
 @pytest.mark.parametrize(
     "name",
-    ["vmamba/vmamba_tiny_s1l8@200x136", "vmamba/vmamba_tiny_s2l5@160x256", "plain_mamba/plain_mamba_l1"],
+    [
+        "vmamba/vmamba_tiny_s1l8@200x136",
+        "vmamba/vmamba_tiny_s2l5@160x256",
+        "plain_mamba/plain_mamba_l1",
+        "msvmamba/msvmamba_nano",
+        "msvmamba/msvmambav3_tiny@160x256",
+        "efficient_vmamba/efficient_vmamba_tiny@200x136",
+    ],
 )
 def test_classifier_under_autocast(name, device):
     record = records.load(name)

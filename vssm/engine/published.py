@@ -21,8 +21,18 @@ _VIM = "Zhu et al., 2024, arXiv:2401.09417"
 _VMAMBA = "README of MzeroMiko/VMamba; Liu et al., 2024, arXiv:2401.10166"
 _VIM_FLOPS = f"{_VIM}; FLOPs after the README of LocalMamba, arXiv:2403.09338"
 _PLAINMAMBA = "Yang et al., 2024, arXiv:2403.17695; parameters without the classifier"
+_MSVMAMBA = "README of YuHengsss/MSVMamba; Shi et al., 2024, arXiv:2405.14174"
+_EFFICIENTVMAMBA = "README of TerryPei/EfficientVMamba; Pei et al., 2024, arXiv:2403.09977"
 
 PUBLISHED = {
+    "efficientvmamba_tiny": Published(6, 0.8, _EFFICIENTVMAMBA),
+    "efficientvmamba_small": Published(11, 1.3, _EFFICIENTVMAMBA),
+    "efficientvmamba_base": Published(33, 4.0, _EFFICIENTVMAMBA),
+    "msvmamba_nano": Published(7, 0.9, _MSVMAMBA),
+    "msvmamba_micro": Published(12, 1.5, _MSVMAMBA),
+    "msvmamba_tiny": Published(33, 4.6, _MSVMAMBA),
+    "msvmamba_tiny_v3": Published(32, 5.1, _MSVMAMBA),
+    "msvmamba_small_v3": Published(50, 8.8, _MSVMAMBA),
     "plainmamba_l1": Published(7.3, 3.0, _PLAINMAMBA),
     "plainmamba_l2": Published(25.7, 8.1, _PLAINMAMBA),
     "plainmamba_l3": Published(50.5, 14.4, _PLAINMAMBA),
