@@ -33,6 +33,13 @@ class Case:
             leaves[name].requires_grad_()
         return leaves | self.options
 
+    def dtype_of(self, name: str, arguments: dict) -> torch.dtype:
+        """The dtype of a result of :func:`outputs_and_gradients`, which its tolerance depends on."""
+        leaf = arguments.get(name.removeprefix("d"))
+        if isinstance(leaf, Tensor):
+            return leaf.dtype
+        return torch.float32 if name == "last state" else self.options["out_dtype"] or self.dtype
+
 
 def _strided(tensor: Tensor) -> Tensor:
     """The same values with every other element of a wider buffer between them, axes stored in reverse."""
@@ -45,13 +52,21 @@ def _strided(tensor: Tensor) -> Tensor:
     return view.detach()
 
 
-def random_case(seed: int) -> Case:
-    """The argument combination number ``seed``."""
+def random_case(seed: int, sizes: int | None = None) -> Case:
+    """The argument combination number ``seed``.
+
+    Args:
+        seed: Number of the combination.
+        sizes: Number of the batch, length and width to call it with, of those that one compiled variant of a kernel
+            serves; small ones, or now and then a long one, when not given.
+    """
     rng = random.Random(seed)
-    torch.manual_seed(seed)
+    torch.manual_seed(seed if sizes is None else 1000 * seed + sizes)
     n = rng.choice([1, 3, 16, 64])
     l = 3001 if seed % 40 == 0 else rng.choice([1, 2, 7, 33, 130])
     b, k, d = (1, 2, 3) if l == 3001 else (rng.choice([1, 2, 3]), rng.choice([1, 2, 4]), rng.choice([1, 5, 16]))
+    if sizes is not None:
+        b, l, d = _sizes(seed, sizes)
     chain, shared = rng.random() < 0.25, rng.random() < 0.5
     ordered = rng.random() < 0.7
     if not ordered and chain and shared:
@@ -95,6 +110,17 @@ def random_case(seed: int) -> Case:
     }
     dtype = rng.choice([torch.float32, torch.float32, torch.bfloat16, torch.float16])
     return Case(tensors, options, dtype, strided=rng.random() < 0.4)
+
+
+def _sizes(seed: int, sizes: int) -> tuple[int, int, int]:
+    """Batch, length and width. Width is or is not made of whole blocks of channels, as the seed has it.
+
+    Lengths are no multiples of the 16 steps of a tile, nor are their halves or their multiples by up to 4 directions.
+    """
+    rng = random.Random(1000 * seed + sizes)
+    length = rng.choice([length for length in range(40, 260) if length % 4 and length // 2 % 4])
+    width = 32 * rng.randint(1, 3) if seed % 2 else rng.choice([width for width in range(17, 96) if width % 32])
+    return rng.randint(1, 4), length, width
 
 
 def outputs_and_gradients(function, arguments: dict) -> dict[str, Tensor]:

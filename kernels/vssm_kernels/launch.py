@@ -14,6 +14,7 @@ from vssm_kernels.scan_call import ScanCall
 
 kernels: Any = scan_triton  # Triton's language looks like Python, but its types are others
 _PACKED = 64  # steps of a program that packs or unpacks
+_LANES = 32
 
 
 def forward(call: ScanCall) -> tuple[Tensor, Tensor]:
@@ -76,6 +77,8 @@ class _Launch:
         self.chunk = math.ceil(self.tiles / self.config.chunks) * self.config.steps
         self.chunks = max(1, math.ceil(self.length / self.chunk))
         self.blocks = math.ceil(call.width / self.config.channels)
+        self.slots = math.gcd(self.config.slots, call.states)
+        self.rank = 0 if call.dt_weight is None else call.dt.shape[-1]
         self.A = _states_first(call.A.float())
         self.none = self.A  # stands for a tensor that a launch does not touch
         self.step_arguments = self._pack()
@@ -90,10 +93,16 @@ class _Launch:
         """Space for ``count`` states of every walk, (count, b·k, n, d)."""
         return self.empty(count, self.walks, self.call.states, self.call.width)
 
-    def visits(self, width: int, dtype: torch.dtype) -> Tensor:
-        """Space for a row per token and direction (b, l, k, width), 0 where a direction skips tokens."""
+    def visits(self, width: int, dtype: torch.dtype, *, apart: bool = False) -> Tensor:
+        """Space for a row per token and direction (b, l, k, width), 0 where a direction skips tokens.
+
+        ``apart``: in memory, directions come first.
+        """
         call = self.call
-        space = self.empty(call.batch, call.tokens, call.directions, width, dtype=dtype)
+        if apart and not call.chain:
+            space = self.empty(call.directions, call.batch, call.tokens, width, dtype=dtype).permute(1, 2, 0, 3)
+        else:
+            space = self.empty(call.batch, call.tokens, call.directions, width, dtype=dtype)
         return space if call.steps == call.tokens else space.zero_()
 
     def chunk_starts(self) -> tuple[Tensor | None, Tensor]:
@@ -117,7 +126,7 @@ class _Launch:
         """The result, multiplied by silu(z) if ``gated``, and the states before tiles or after chunks."""
         call, dtype = self.call, self.call.result_dtype
         merging = call.merge and call.directions > 1
-        y = self.visits(call.width, dtype)
+        y = self.visits(call.width, dtype, apart=merging)
         states = self.states(self.tiles + self.chunks if of_tiles else self.chunks)
         in_kernel = gated and not merging
         gate = {} if not in_kernel or call.z is None else self._rows(call.z).arguments("z")
@@ -148,15 +157,14 @@ class _Launch:
     def walk_back(self, dy: Tensor, states: Tensor | None, later: tuple[Tensor, bool]) -> dict[str, Tensor]:
         """The gradients of everything but the gate."""
         call = self.call
-        dx = self.visits(call.width, call.x.dtype)
+        merging = call.x.ndim == 3 and call.directions > 1
+        dx = self.visits(call.width, call.x.dtype, apart=merging)
         per_chunk = (self.chunks, self.walks)
         low_rank = call.dt_weight is not None
-        rank = call.dt.shape[-1]
+        rank = self.rank
+        ddt = {} if low_rank else self._rows(self.visits(call.width, call.dt.dtype)).arguments("ddt")
         found = {
-            "ddt": self.empty(self.blocks, self.walks, self.padded, rank)
-            if low_rank
-            else self.visits(call.width, call.dt.dtype),
-            "dmatrices": self.empty(self.blocks, self.walks, self.tiles, call.states, 2, self.config.steps),
+            "dsteps": self.empty(self.blocks, self.walks, self.padded * (rank + 2 * call.states)),
             "dA": self.states(self.chunks),
             "dD": self.empty(*per_chunk, call.width),
             "dbias": self.empty(*per_chunk, call.width),
@@ -164,7 +172,6 @@ class _Launch:
         }
         for name in ("B", "C"):
             found[f"d{name}"] = self.none if self.switches[f"{name}_PER_TOKEN"] else self.states(self.chunks)
-        ddt = {} if low_rank else self._rows(found.pop("ddt")).arguments("ddt")
         self._adjoint(
             dy,
             **found,
@@ -174,7 +181,7 @@ class _Launch:
             later=later[0],
             HAS_LATER=later[1],
         )
-        dx = _merged(dx, None) if call.x.ndim == 3 and call.directions > 1 else dx
+        dx = _merged(dx, None) if merging else dx
         return {"x": dx.view(call.x.shape)} | self._gathered(found | ddt)
 
     def _forward(self, **arguments: Any) -> None:
@@ -193,7 +200,7 @@ class _Launch:
     def _adjoint(self, dy: Tensor, **arguments: Any) -> None:
         """Runs the adjoint kernel; a tensor not given is not touched."""
         call = self.call
-        tensors = ("dx", "ddt", "dmatrices", "dB", "dC", "dA", "dD", "dbias", "dweight")
+        tensors = ("dx", "ddt", "dsteps", "dB", "dC", "dA", "dD", "dbias", "dweight")
         strides = {f"{name}_{axis}": 0 for name in ("dx", "ddt") for axis in ("sample", "token", "direction")}
         states = arguments.pop("states", None)
         modes = {"HAS_LATER": False, "ONLY_EARLIER": False}
@@ -204,6 +211,7 @@ class _Launch:
             states=self.none if states is None else states,
             HAS_STATES=states is not None,
             SHARED_DY=call.merge,
+            SAME_ROWS=arguments.get("dx_token") == self.switches["x_token"],
             EXACT_DOT=call.x.dtype == torch.float32 or not _bfloat16_products(call.x.device),
             SPLIT=call.x.dtype != torch.bfloat16,
         )
@@ -275,8 +283,6 @@ class _Launch:
 
     def _switches(self) -> dict[str, Any]:
         call, config = self.call, self.config
-        low_rank = call.dt_weight is not None
-        rank = call.dt.shape[-1] if low_rank else 1
         dt = _last_contiguous(call.dt)
         return {
             **self._rows(call.x).arguments("x"),
@@ -293,10 +299,10 @@ class _Launch:
             "chunk": self.chunk,
             "width": call.width,
             "N": call.states,
-            "rank": rank,
+            "rank": self.rank,
             "unaligned": 0,
-            "LOW_RANK": low_rank,
-            "RANKS": max(16, triton.next_power_of_2(rank)),
+            "LOW_RANK": call.dt_weight is not None,
+            "RANKS": max(16, triton.next_power_of_2(self.rank)),
             "HALF_DOT": call.dt.dtype == torch.float16
             or (call.dt.dtype == torch.bfloat16 and _bfloat16_products(call.x.device)),
             "SOFTPLUS": call.softplus,
@@ -307,16 +313,18 @@ class _Launch:
             "B_PER_TOKEN": call.B.ndim != 3,
             "C_PER_TOKEN": call.C is None or call.C.ndim != 3,
             "HAS_SKIP": call.D is not None,
-            "ONE_STATE": call.states == 1,
+            "ONE_STATE": call.states == self.slots,
             "STEPS": config.steps,
             "LOG_STEPS": config.steps.bit_length() - 1,
             "CHANNELS": config.channels,
+            "SLOTS": self.slots,
+            "LOG_SLOTS": self.slots.bit_length() - 1,
             "FULL": call.width % config.channels == 0,
             "MASKED": call.return_last_state and self.length % config.steps != 0,
             "PRECISE": call.x.dtype == torch.float32,
             "NVIDIA": call.x.is_cuda and torch.version.hip is None,
             "INDEX": self._index_type(),
-            "num_warps": 1,
+            "num_warps": max(1, self.slots * min(config.channels, _LANES) // _LANES),
             "num_stages": 1,  # the state is carried from tile to tile: nothing may run ahead of it
         } | ({"maxnreg": config.registers} if torch.version.hip is None else {})
 
@@ -349,37 +357,43 @@ class _Launch:
             grads["dt_bias"] = over_walks(found["dbias"])
         if call.dt_weight is not None:
             grads["dt_weight"] = over_walks(found["dweight"])
-            ddt = found["ddt"]
-            grads["dt"] = self._unpacked(ddt.unflatten(2, (self.tiles, -1)), call.dt.dtype)
-        else:
-            grads["dt"] = self._over_visits(found["ddt"])
+        grads |= self._unpacked(found["dsteps"])
+        if call.dt_weight is None:
+            grads["dt"] = found["ddt"]
+        matrices = found["dsteps"][..., self.padded * self.rank :].unflatten(-1, (self.tiles, call.states, 2, -1))
         for plane, (name, matrix) in enumerate((("B", call.B), ("C", call.C))):
-            if matrix is None:
-                continue
-            partial = found["dmatrices"][..., plane, :]
-            if matrix.ndim == 4:
-                grads[name] = self._unpacked(partial.transpose(-1, -2), matrix.dtype)
-            elif matrix.ndim == 3:
+            if matrix is not None and matrix.ndim == 3:
                 grads[name] = over_walks(found[f"d{name}"]).transpose(-1, -2)
-            else:
-                grads[name] = over_walks(partial.sum((2, 4)))
-        return grads
+            elif matrix is not None and matrix.ndim == 2:
+                grads[name] = over_walks(matrices[..., plane, :].sum((2, 4)))
+        per_row = {"dt", "B", "C"} & {name for name, grad in grads.items() if grad.ndim == 4}
+        return grads | {name: self._over_visits(grads[name]) for name in per_row}
 
-    def _unpacked(self, partial: Tensor, dtype: torch.dtype) -> Tensor:
-        """Partial gradients (blocks, b·k, tiles, steps, columns), summed and as (b, l, k, columns)."""
-        call, columns = self.call, partial.shape[-1]
-        out = self.visits(columns, dtype)
-        to = self._rows(out)
+    def _unpacked(self, dsteps: Tensor) -> dict[str, Tensor]:
+        """Gradients of the low-rank dt, B and C (b, l, k, columns), of those that every token has its own of."""
+        call = self.call
+        wanted = {
+            "dt": call.dt if call.dt_weight is not None else None,
+            "B": call.B if call.B.ndim == 4 else None,
+            "C": call.C if call.C is not None and call.C.ndim == 4 else None,
+        }
+        grads = {name: self.visits(of.shape[-1], of.dtype) for name, of in wanted.items() if of is not None}
+        arguments: dict[str, Any] = {}
+        for name in wanted:
+            rows = self._rows(grads[name]) if name in grads else _Rows(self.none, 0, 0, 0)
+            arguments |= rows.arguments(f"d{name}")
         grid = (self.walks, math.ceil(self.length / _PACKED))
-        if grid[0] and grid[1]:
+        if grads and grid[0] and grid[1]:
             with torch.accelerator.device_index(call.x.device.index):
                 kernels.unpack_kernel[grid](
-                    partial, self.step_arguments["places"], out, self.blocks, call.sequences, self.length,
-                    self.padded, columns, self.step_arguments["tables"], *partial.stride(),
-                    to.sample, to.token, to.direction,
-                    CHAIN=call.chain, BLOCK=_PACKED, STEPS=self.config.steps, COLUMNS=triton.next_power_of_2(columns),
+                    dsteps=dsteps, places=self.step_arguments["places"], blocks=self.blocks, walks=self.walks,
+                    sequences=call.sequences, length=self.length, padded=self.padded, rank=self.rank, N=call.states,
+                    tables=self.step_arguments["tables"], **arguments,
+                    LOW_RANK="dt" in grads, B_PER_TOKEN="B" in grads, C_PER_TOKEN="C" in grads,
+                    BLOCK=_PACKED, STEPS=self.config.steps,
+                    COLUMNS=triton.next_power_of_2(self.rank + 2 * call.states),
                 )  # fmt: skip
-        return self._over_visits(out)
+        return grads
 
     def _over_visits(self, visits: Tensor) -> Tensor:
         """Gradients per visit (b, l, k, c), of the parameter rows that all visits of a chained scan share."""
@@ -395,8 +409,9 @@ def _merged(parts: Tensor, z: Tensor | None) -> Tensor:
     if out.numel():
         with torch.accelerator.device_index(parts.device.index):
             kernels.merge_kernel[grid](
-                parts, gate, out, batch * tokens, directions, width, gate.stride(-2), GATED=z is not None, **sizes
-            )
+                parts, gate, out, batch * tokens, directions, width, parts.stride(1), parts.stride(2), gate.stride(-2),
+                GATED=z is not None, **sizes,
+            )  # fmt: skip
     return out
 
 

@@ -20,8 +20,10 @@ from vssm_kernels.scan_call import ScanCall
 _logger = logging.getLogger("vssm")
 _forced: "LaunchConfig | None" = None
 
-_ALL_AT_ONCE = 1000  # programs from which sequences are not cut: decays would be computed twice
-_ENOUGH = 1536  # programs that sequences are cut into, about what an H100 holds at once
+_ALL_AT_ONCE = 1000  # warps from which sequences are not cut
+_ENOUGH = 1536  # warps that sequences are cut into, about what an H100 holds at once
+_MOST_SLOTS = {"forward": 16, "backward": 4}  # more of them would only do the same work
+_REGISTERS = 65536  # of a multiprocessor
 _SHORTEST = 128  # steps of a chunk
 
 
@@ -31,6 +33,7 @@ class LaunchConfig:
 
     steps: int  # of a tile: 16 or 32
     channels: int  # of a program: 16, 32 or 64
+    slots: int  # warps that share the states of a program; as many of them as divide the states
     chunks: int  # that a sequence is cut into
     registers: int  # of a thread at most, which sets how many programs run at once
 
@@ -60,16 +63,21 @@ def launch_config(call: ScanCall, *, backward: bool) -> LaunchConfig:
 def heuristic(shape: _Shape) -> LaunchConfig:
     """Sizes from the shape alone, made on an H100.
 
-    A thread of a single state has 128 registers to itself when 16 programs share a multiprocessor; more states and
-    gradients need more. Sequences are cut into chunks only where there are too few to fill the GPU.
+    Where sequences are too few to fill the GPU, first warps share the states of a program, which costs a sum over them
+    a step; only then sequences are cut, for which decays are computed twice. A thread of a single state has 128
+    registers to itself when 16 warps share a multiprocessor; more states and gradients need more.
     """
     channels = 16 if shape.width <= 16 else 32
     programs = max(1, shape.batch * shape.sequences * math.ceil(shape.width / channels))
+    most = _MOST_SLOTS[shape.phase]
+    slots = 1
+    while programs * slots < _ALL_AT_ONCE and slots < most and shape.states % (2 * slots) == 0:
+        slots *= 2
     chunks = 1
-    if programs < _ALL_AT_ONCE:
-        chunks = max(1, min(math.ceil(_ENOUGH / programs), shape.length // _SHORTEST))
-    registers = 255 if shape.phase == "backward" else 128 if shape.states == 1 else 168
-    return LaunchConfig(steps=16, channels=channels, chunks=chunks, registers=registers)
+    if programs * slots < _ALL_AT_ONCE:
+        chunks = max(1, min(math.ceil(_ENOUGH / (programs * slots)), shape.length // _SHORTEST))
+    registers = 255 if shape.phase == "backward" else 128 if shape.states == slots or slots > 1 else 168
+    return LaunchConfig(steps=16, channels=channels, slots=slots, chunks=chunks, registers=registers)
 
 
 def key(call: ScanCall, *, backward: bool) -> str:
@@ -86,8 +94,16 @@ def candidates(key: str) -> list[LaunchConfig]:
     shape = _parsed(key)
     usual = heuristic(shape)
     chunks = sorted({1, usual.chunks, max(1, usual.chunks // 2), min(2 * usual.chunks, max(1, shape.length // 64))})
-    sizes = itertools.product((16, 32), sorted({usual.channels, 64}), chunks, (128, 168, 255))
-    return [usual, *(config for config in itertools.starmap(LaunchConfig, sizes) if config != usual)]
+    slots = [slots for slots in (1, 2, 4, 8, 16) if shape.states % slots == 0 and slots <= _MOST_SLOTS[shape.phase]]
+    channels = sorted({usual.channels, 64})
+    sizes = itertools.starmap(LaunchConfig, itertools.product((16, 32), channels, slots, chunks, (128, 168, 255)))
+    return [usual, *(config for config in sizes if config != usual and _worth_a_trial(config))]
+
+
+def _worth_a_trial(config: LaunchConfig) -> bool:
+    """Whether the registers suffice for a program, and warps that share states have no more than the usual tile."""
+    usual = config.steps == 16 and config.channels <= 32
+    return config.slots * 32 * config.registers <= _REGISTERS and (config.slots == 1 or usual)
 
 
 @contextmanager

@@ -1,15 +1,17 @@
 """The scan as Triton kernels. ``launch.py`` allocates, chooses sizes and launches them.
 
-A program owns a block of channels of a walk, one sequence of one sample, and takes its steps tile by tile on one warp:
-it reads the row of channels of whatever token the order names, carries the state through the tile in registers, and
-does everything else elementwise or as small matrix products (``tiles_triton.py``). States are taken one after the
-other, so the body is that of a single state whatever their number; the states of a walk wait in memory meanwhile.
+A program owns a block of channels of a walk, one sequence of one sample, and takes its steps tile by tile: it reads the
+row of channels of whatever token the order names, carries the state through the tile in registers, and does everything
+else elementwise or as small matrix products (``tiles_triton.py``). States are taken one after the other, so the body is
+that of a single state whatever their number; the states of a walk wait in memory meanwhile. Several warps, each a slot,
+may share the states of a program: they compute steps together, each scans its own states, y is the sum over slots.
 
 Names: h is the state, g its gradient, q = a·g what g hands to the step before; the rest is as in kernels/README.md,
 where the derivation is. Everything per channel is stored channels last: A (k, n, d), states (..., n, d). What belongs
 to steps comes in their order, as ``pack_kernel`` leaves it: pairs of rows of parameters and visits, (tables, tiles, 2,
 STEPS), and pairs of B and C, (b·k, tiles, n, 2, STEPS), which a tile loads a register a lane.
 
+A slot has ``own`` states, the first of slot i being ``i·own``. A wide row or tile has COLUMNS = slots·channels columns.
 ``unaligned`` is 0, but the compiler must not know: it would give a thread several neighbouring channels and spread
 steps over lanes.
 """
@@ -21,6 +23,13 @@ from vssm_kernels import tiles_triton as tiles
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+
+# Kernels of a scan are the same for all sizes: their loads are a lane wide, so nothing is gained by knowing multiples.
+_ROWS = ("x", "dt", "z", "y", "dy", "dx", "ddt")
+_SIZES = [
+    *("samples", "sequences", "chained", "length", "padded", "chunk", "chunks", "walks", "width", "N", "rank"),
+    *("tables", "unaligned", *(f"{rows}_{axis}" for rows in _ROWS for axis in ("sample", "token", "direction"))),
+]
 
 
 @triton.jit
@@ -71,7 +80,7 @@ def pack_kernel(
         tl.store(at + STEPS, tl.load(from_C, mask=loaded, other=0.0).to(tl.float32), mask=inside)
 
 
-@triton.jit(do_not_specialize=["unaligned"])
+@triton.jit(do_not_specialize=_SIZES)
 def scan_forward_kernel(
     x, dt, weight, bias, A, B, C, D, z, places, gaps, matrices, start, y, states, totals,
     samples, sequences, chained, length, padded, chunk, width, N, rank, tables, unaligned,
@@ -82,7 +91,8 @@ def scan_forward_kernel(
     SHARED_X: tl.constexpr, B_PER_TOKEN: tl.constexpr, C_PER_TOKEN: tl.constexpr, ONE_STATE: tl.constexpr,
     GATED: tl.constexpr, HAS_START: tl.constexpr, WRITE_Y: tl.constexpr, WRITE_STATES: tl.constexpr,
     WRITE_TOTALS: tl.constexpr, STEPS: tl.constexpr, LOG_STEPS: tl.constexpr, CHANNELS: tl.constexpr,
-    FULL: tl.constexpr, MASKED: tl.constexpr, PRECISE: tl.constexpr, NVIDIA: tl.constexpr, INDEX: tl.constexpr,
+    SLOTS: tl.constexpr, LOG_SLOTS: tl.constexpr, FULL: tl.constexpr, MASKED: tl.constexpr, PRECISE: tl.constexpr,
+    NVIDIA: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """Takes the steps of a chunk.
 
@@ -97,6 +107,11 @@ def scan_forward_kernel(
     channels = tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS)
     lanes, inside = channels + unaligned, channels < width
     ranks, offsets = tl.arange(0, RANKS), tl.arange(0, STEPS)
+    COLUMNS: tl.constexpr = SLOTS * CHANNELS
+    own = N // SLOTS
+    columns = tl.arange(0, COLUMNS)
+    channels = tl.program_id(0) % blocks * CHANNELS + columns % CHANNELS
+    wide, wide_inside = channels + columns // CHANNELS * own * width + unaligned, channels < width
     begin = chunk_index * chunk
     end = tl.minimum(begin + chunk, length)
     last = begin + (end - begin - 1) // STEPS * STEPS
@@ -122,16 +137,16 @@ def scan_forward_kernel(
     kept = states + chunk_index * entry + walk * N * width
     if WRITE_STATES:
         kept += begin // STEPS * entry
-    h = tl.zeros((1, CHANNELS), tl.float32)
-    total = h
-    for n in range(N):
+    total = tl.zeros((1, CHANNELS), tl.float32)
+    h = tl.zeros((1, COLUMNS), tl.float32)
+    for n in range(own):
         if HAS_START:
-            h = tiles.load_row(start + chunk_index * entry + (walk * N + n) * width, lanes, inside, FULL)
+            h = tiles.load_row(start + chunk_index * entry + (walk * N + n) * width, wide, wide_inside, FULL)
         if not ONE_STATE:
-            tl.store(kept + n * width + lanes[None, :], h, mask=inside[None, :])
+            tl.store(kept + n * width + wide[None, :], h, mask=wide_inside[None, :])
     if ONE_STATE:
-        A_n = tiles.load_row(A, lanes, inside, FULL)
-        next_BC = tiles.load_pair(matrices + 2 * begin, STEPS)
+        A_n = tiles.load_row(A, wide, wide_inside, FULL)
+        next_BC = tiles.load_pairs(matrices + 2 * N * begin, own, SLOTS, STEPS)
 
     # Loads are issued a tile ahead of their use, those of places two; those of a state two states ahead.
     place = tiles.load_pair(places + 2 * begin, STEPS)
@@ -152,56 +167,64 @@ def scan_forward_kernel(
         next_place = tiles.load_pair(places + 2 * tl.minimum(first + 2 * STEPS, last), STEPS)
         if ONE_STATE:
             BC_n = next_BC
-            next_BC = tiles.load_pair(matrices + 2 * following, STEPS)
+            next_BC = tiles.load_pairs(matrices + 2 * N * following, own, SLOTS, STEPS)
         else:
             of_tile = matrices + 2 * N * first
-            A_n, h, BC_n = tiles.load_state(A, kept, of_tile, 0, width, lanes, inside, STEPS, FULL)
-            A_next, h_next, BC_next = tiles.load_state(A, kept, of_tile, 1, width, lanes, inside, STEPS, FULL)
+            A_n, h, BC_n = tiles.load_state(A, kept, of_tile, 0, own, width, wide, wide_inside, SLOTS, STEPS, FULL)
+            A_next, h_next, BC_next = tiles.load_state(
+                A, kept, of_tile, 1, own, width, wide, wide_inside, SLOTS, STEPS, FULL
+            )
         gap = tl.load(gaps + steps) if HAS_GAP else 0.0
         raw = tiles.raw_steps(dts, matrix, offset, LOW_RANK, HALF_DOT, STEPS, CHANNELS)
         step, decay_step = tiles.steps_of_tile(
-            raw, gap, idle, steps < end, SOFTPLUS, HAS_GAP, MASKED, PRECISE, NVIDIA, STEPS, LOG_STEPS, CHANNELS
+            raw, gap, idle, steps < end, SOFTPLUS, HAS_GAP, MASKED, PRECISE, NVIDIA, STEPS, LOG_STEPS, CHANNELS, SLOTS
         )
         if WRITE_TOTALS:
             total += tl.sum(decay_step, 0, keep_dims=True)
         source = step * xs
-        out = skip * xs if HAS_SKIP else tl.zeros_like(xs)
+        if SLOTS > 1:
+            decay_step = tiles.widened(decay_step, SLOTS, CHANNELS)
+            source = tiles.widened(source, SLOTS, CHANNELS)
+        out = tl.zeros_like(source)
         if ONE_STATE and WRITE_STATES:
-            tl.store(kept + lanes[None, :], h, mask=inside[None, :])
+            tl.store(kept + wide[None, :], h, mask=wide_inside[None, :])
             kept += entry
-        for n in range(1 if ONE_STATE else N):
+        for n in range(1 if ONE_STATE else own):
             decay = tiles.decay(decay_step * A_n, PRECISE, NVIDIA)
-            B_n, C_n = tiles.unpair(BC_n, STEPS)
-            added = source * tiles.along(B_n, B, n, width, lanes, inside, B_PER_TOKEN, FULL)
-            _, after, h_end = tiles.states_of_tile(decay, added, h, STEPS, LOG_STEPS, CHANNELS)
+            B_n, C_n = tiles.unpaired(BC_n, SLOTS, STEPS, CHANNELS)
+            added = source * tiles.along(B_n, B, n, width, wide, wide_inside, B_PER_TOKEN, FULL)
+            _, after, h_end = tiles.states_of_tile(decay, added, h, STEPS, LOG_STEPS, COLUMNS)
             if ONE_STATE:
                 h = h_end
             else:
                 A_n, h, BC_n = A_next, h_next, BC_next
                 A_next, h_next, BC_next = tiles.load_state(
-                    A, kept, of_tile, tl.minimum(n + 2, N - 1), width, lanes, inside, STEPS, FULL
+                    A, kept, of_tile, tl.minimum(n + 2, own - 1), own, width, wide, wide_inside, SLOTS, STEPS, FULL
                 )
-                at = kept + n * width + lanes[None, :]
-                tl.store(at + entry if WRITE_STATES else at, h_end, mask=inside[None, :])
+                at = kept + n * width + wide[None, :]
+                tl.store(at + entry if WRITE_STATES else at, h_end, mask=wide_inside[None, :])
             if WRITE_Y:
-                out += after * tiles.along(C_n, C, n, width, lanes, inside, C_PER_TOKEN, FULL)
+                out += after * tiles.along(C_n, C, n, width, wide, wide_inside, C_PER_TOKEN, FULL)
         if not ONE_STATE and WRITE_STATES:
             kept += entry
         if WRITE_Y:
+            out = tiles.over_slots(out, LOG_SLOTS, STEPS, CHANNELS)
+            if HAS_SKIP:
+                out += skip * xs
             _, visited = tiles.unpair(here, STEPS)
             visited = visited.to(INDEX)
             if GATED:
                 gate = tiles.load_tokens(z, visited, z_token, lanes, inside, FULL).to(tl.float32)
                 out *= gate * tiles.sigmoid(gate)
-            stored = (steps < end)[:, None] if FULL else (steps < end)[:, None] & inside[None, :]
-            tl.store(y + visited[:, None] * y_token + lanes[None, :], out.to(y.dtype.element_ty), mask=stored)
+            y_at = y + visited[:, None] * y_token + lanes[None, :]
+            tiles.store_tokens(y_at, out, first, end, inside, STEPS, FULL)
     if ONE_STATE:
-        tl.store(kept + lanes[None, :], h, mask=inside[None, :])
+        tl.store(kept + wide[None, :], h, mask=wide_inside[None, :])
     if WRITE_TOTALS:
         tl.store(totals + (chunk_index * walks + walk) * width + lanes[None, :], total, mask=inside[None, :])
 
 
-@triton.jit(do_not_specialize=["unaligned"])
+@triton.jit(do_not_specialize=_SIZES)
 def carry_kernel(
     ends, totals, A, first, chunks, walks, sequences, width, N, unaligned,
     HAS_FIRST: tl.constexpr, REVERSE: tl.constexpr, CHANNELS: tl.constexpr, PRECISE: tl.constexpr, NVIDIA: tl.constexpr,
@@ -228,24 +251,25 @@ def carry_kernel(
         h = tiles.decay(rate * total, PRECISE, NVIDIA) * h + added
 
 
-@triton.jit(do_not_specialize=["unaligned"])
+@triton.jit(do_not_specialize=_SIZES)
 def scan_adjoint_kernel(
     x, dt, weight, bias, A, B, C, D, places, gaps, matrices, states, dy, later,
-    dx, ddt, dmatrices, dB, dC, dA, dD, dbias, dweight,
+    dx, ddt, dsteps, dB, dC, dA, dD, dbias, dweight,
     samples, sequences, chained, length, padded, chunk, width, N, rank, tables, unaligned,
     x_sample, x_token, x_direction, dt_sample, dt_token, dt_direction,
     dy_sample, dy_token, dy_direction, dx_sample, dx_token, dx_direction, ddt_sample, ddt_token, ddt_direction,
     LOW_RANK: tl.constexpr, RANKS: tl.constexpr, HALF_DOT: tl.constexpr, SOFTPLUS: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_GAP: tl.constexpr, HAS_SKIP: tl.constexpr, CHAIN: tl.constexpr,
-    SHARED_X: tl.constexpr, SHARED_DY: tl.constexpr, B_PER_TOKEN: tl.constexpr, C_PER_TOKEN: tl.constexpr,
-    ONE_STATE: tl.constexpr, HAS_STATES: tl.constexpr, HAS_LATER: tl.constexpr, ONLY_EARLIER: tl.constexpr,
-    STEPS: tl.constexpr, LOG_STEPS: tl.constexpr, CHANNELS: tl.constexpr, FULL: tl.constexpr, MASKED: tl.constexpr,
-    PRECISE: tl.constexpr, EXACT_DOT: tl.constexpr, SPLIT: tl.constexpr, NVIDIA: tl.constexpr, INDEX: tl.constexpr,
+    SHARED_X: tl.constexpr, SHARED_DY: tl.constexpr, SAME_ROWS: tl.constexpr, B_PER_TOKEN: tl.constexpr,
+    C_PER_TOKEN: tl.constexpr, ONE_STATE: tl.constexpr, HAS_STATES: tl.constexpr, HAS_LATER: tl.constexpr,
+    ONLY_EARLIER: tl.constexpr, STEPS: tl.constexpr, LOG_STEPS: tl.constexpr, CHANNELS: tl.constexpr,
+    SLOTS: tl.constexpr, LOG_SLOTS: tl.constexpr, FULL: tl.constexpr, MASKED: tl.constexpr, PRECISE: tl.constexpr,
+    EXACT_DOT: tl.constexpr, SPLIT: tl.constexpr, NVIDIA: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """Takes the steps of a chunk backwards, tile by tile, from the states before each tile that were saved.
 
-    Writes gradients of x at its visits; of the low-rank dt per block of channels (blocks, b·k, padded, r), or of a full
-    dt at its rows; of B and C per block of channels (blocks, b·k, tiles, n, 2, STEPS), or of constants, as of
+    Writes gradients of x at its visits; of what belongs to steps per block of channels and walk to ``dsteps``, (padded,
+    r) of the low-rank dt and then (tiles, n, 2, STEPS) of B and C; of a full dt at its rows; of constants, as of
     everything else, per walk and chunk. ``later`` (chunks, b·k, n, d) is the gradient of the state after each chunk
     and becomes that of the state before it. ``ONLY_EARLIER``: nothing else.
     """
@@ -256,7 +280,12 @@ def scan_adjoint_kernel(
     walks = (samples + tl.zeros((), tl.int64)) * sequences
     channels = block * CHANNELS + tl.arange(0, CHANNELS)
     lanes, inside = channels + unaligned, channels < width
-    ranks, offsets, columns = tl.arange(0, RANKS), tl.arange(0, STEPS), tl.arange(0, 16)
+    ranks, offsets = tl.arange(0, RANKS), tl.arange(0, STEPS)
+    COLUMNS: tl.constexpr = SLOTS * CHANNELS
+    own = N // SLOTS
+    columns = tl.arange(0, COLUMNS)
+    of_columns = block * CHANNELS + columns % CHANNELS
+    wide, wide_inside = of_columns + columns // CHANNELS * own * width + unaligned, of_columns < width
     begin = chunk_index * chunk
     end = tl.minimum(begin + chunk, length)
     count = tl.cdiv(end - begin, STEPS)
@@ -269,7 +298,8 @@ def scan_adjoint_kernel(
     places += walk % tables * 2 * padded
     gaps += walk % tables * padded
     matrices += walk * 2 * N * padded
-    dmatrices += (block * walks + walk) * 2 * N * padded
+    dsteps += (block * walks + walk) * (rank + 2 * N) * padded
+    dmatrices = dsteps + rank * padded
     of_matrix = ranks[:, None] + lanes[None, :] * rank
     inside_matrix = (ranks < rank)[:, None] & inside[None, :]
     matrix = tl.load(weight + sequence * rank * width + of_matrix, mask=inside_matrix, other=0.0).to(tl.float32)
@@ -281,93 +311,101 @@ def scan_adjoint_kernel(
     of_walk = chunk_index * entry + walk * N * width
     kept, A_sums, B_sums, C_sums = later + of_walk, dA + of_walk, dB + of_walk, dC + of_walk
     saved = states + of_walk + (begin // STEPS + count - 1) * entry
-    zero = tl.zeros((1, CHANNELS), tl.float32)
-    q, dA_sum, dD_sum, dbias_sum, didle_sum = zero, zero, zero, zero, zero
-    dweight_sum = tl.zeros((RANKS, CHANNELS), tl.float32)
+    dD_sum = tl.zeros((1 if SLOTS == 1 else STEPS, CHANNELS), tl.float32)
+    dbias_sum, didle_sum = dD_sum, dD_sum
+    wide_zero = tl.zeros((1, COLUMNS), tl.float32)
+    q, dA_sum = wide_zero, wide_zero
+    dweight_sum = tiles.zeros_of_weight(RANKS, CHANNELS, SLOTS)
     if ONE_STATE and HAS_LATER:
-        q = tiles.load_row(kept, lanes, inside, FULL)
-    for n in range(N):
-        at = n * width + lanes[None, :]
+        q = tiles.load_row(kept, wide, wide_inside, FULL)
+    for n in range(own):
+        at = n * width + wide[None, :]
         if not ONE_STATE and not HAS_LATER:
-            tl.store(kept + at, zero, mask=inside[None, :])
+            tl.store(kept + at, wide_zero, mask=wide_inside[None, :])
         if not ONE_STATE and not ONLY_EARLIER:
-            tl.store(A_sums + at, zero, mask=inside[None, :])
+            tl.store(A_sums + at, wide_zero, mask=wide_inside[None, :])
         if not B_PER_TOKEN and not ONLY_EARLIER:
-            tl.store(B_sums + at, zero, mask=inside[None, :])
+            tl.store(B_sums + at, wide_zero, mask=wide_inside[None, :])
         if not C_PER_TOKEN and not ONLY_EARLIER:
-            tl.store(C_sums + at, zero, mask=inside[None, :])
+            tl.store(C_sums + at, wide_zero, mask=wide_inside[None, :])
 
     # Loads of places are issued a tile ahead of their use, those of a state one state ahead.
+    of_ddts = offsets[:, None] * rank + ranks[None, :]
+    in_ddts = tl.broadcast_to((ranks < rank)[None, :], (STEPS, RANKS))
     first = begin + (count - 1) * STEPS
     place = tiles.load_pair(places + 2 * first, STEPS)
     for _tile in range(count):
         steps = first + offsets
         exists = steps < end
-        stored = exists[:, None] if FULL else exists[:, None] & inside[None, :]
         row, visit = tiles.unpair(place, STEPS)
         row, visit = row.to(INDEX), visit.to(INDEX)
         dts = tiles.load_dt(dt, row // chained if CHAIN else row, dt_token, ranks, rank, lanes, inside, LOW_RANK)
         dy_at = dy + (visit // chained if CHAIN and SHARED_DY else visit)[:, None] * dy_token + lanes[None, :]
-        dys = tl.load(dy_at, mask=stored, other=0.0)
+        dys = tiles.load_steps(dy_at, first, end, inside, STEPS, FULL)
         seen = visit // chained if CHAIN and SHARED_X else visit
         xs = tiles.load_tokens(x, seen, x_token, lanes, inside, FULL)
         of_tile = matrices + 2 * N * first
-        A_n, q_n, BC_n = tiles.load_state(A, kept, of_tile, 0, width, lanes, inside, STEPS, FULL)
+        A_n, q_n, BC_n = tiles.load_state(A, kept, of_tile, 0, own, width, wide, wide_inside, SLOTS, STEPS, FULL)
         q = q if ONE_STATE else q_n
-        h = zero
+        h = wide_zero
         if HAS_STATES and not ONLY_EARLIER:
-            h = tiles.load_row(saved, lanes, inside, FULL)
+            h = tiles.load_row(saved, wide, wide_inside, FULL)
         ahead = tl.maximum(first - STEPS, begin)
         place = tiles.load_pair(places + 2 * ahead, STEPS)
         gap = tl.load(gaps + steps) if HAS_GAP else 0.0
         raw = tiles.raw_steps(dts, matrix * LOG2_E, offset, LOW_RANK, HALF_DOT, STEPS, CHANNELS)
         step, decay_step = tiles.steps_of_tile(
-            raw, gap, idle, exists, SOFTPLUS, HAS_GAP, MASKED, PRECISE, NVIDIA, STEPS, LOG_STEPS, CHANNELS
+            raw, gap, idle, exists, SOFTPLUS, HAS_GAP, MASKED, PRECISE, NVIDIA, STEPS, LOG_STEPS, CHANNELS, SLOTS
         )
         dys, xs = dys.to(tl.float32), xs.to(tl.float32)
-        source = step * xs
-        dsource, ddecay = tl.zeros_like(xs), tl.zeros_like(xs)
-        for n in range(1 if ONE_STATE else N):
-            at = n * width + lanes[None, :]
+        source, dys_wide, decays = step * xs, dys, decay_step
+        if SLOTS > 1:
+            source, dys_wide = tiles.widened(source, SLOTS, CHANNELS), tiles.widened(dys, SLOTS, CHANNELS)
+            decays = tiles.widened(decay_step, SLOTS, CHANNELS)
+        dsource, ddecay = tl.zeros_like(source), tl.zeros_like(source)
+        for n in range(1 if ONE_STATE else own):
             A_now, q_now, h_now = A_n, q, h
-            B_n, C_n = tiles.unpair(BC_n, STEPS)
+            B_n, C_n = tiles.unpaired(BC_n, SLOTS, STEPS, CHANNELS)
             if not ONE_STATE:
-                following = tl.minimum(n + 1, N - 1)
-                A_n, q, BC_n = tiles.load_state(A, kept, of_tile, following, width, lanes, inside, STEPS, FULL)
+                following = tl.minimum(n + 1, own - 1)
+                A_n, q, BC_n = tiles.load_state(
+                    A, kept, of_tile, following, own, width, wide, wide_inside, SLOTS, STEPS, FULL
+                )
                 if HAS_STATES and not ONLY_EARLIER:
-                    h = tiles.load_row(saved + following * width, lanes, inside, FULL)
-            decay = tiles.decay(decay_step * A_now, PRECISE, NVIDIA)
-            C_n = tiles.along(C_n, C, n, width, lanes, inside, C_PER_TOKEN, FULL)
-            g_tile, q_tile, q_end = tiles.gradients_of_tile(decay, C_n * dys, q_now, STEPS, LOG_STEPS, CHANNELS)
+                    h = tiles.load_row(saved + following * width, wide, wide_inside, FULL)
+            decay = tiles.decay(decays * A_now, PRECISE, NVIDIA)
+            C_n = tiles.along(C_n, C, n, width, wide, wide_inside, C_PER_TOKEN, FULL)
+            g_tile, q_tile, q_end = tiles.gradients_of_tile(decay, C_n * dys_wide, q_now, STEPS, LOG_STEPS, COLUMNS)
             if ONE_STATE:
                 q = q_end
             else:
-                tl.store(kept + at, q_end, mask=inside[None, :])
+                tl.store(kept + n * width + wide[None, :], q_end, mask=wide_inside[None, :])
             if not ONLY_EARLIER:
-                B_n = tiles.along(B_n, B, n, width, lanes, inside, B_PER_TOKEN, FULL)
-                before, after, _ = tiles.states_of_tile(decay, source * B_n, h_now, STEPS, LOG_STEPS, CHANNELS)
+                B_n = tiles.along(B_n, B, n, width, wide, wide_inside, B_PER_TOKEN, FULL)
+                before, after, _ = tiles.states_of_tile(decay, source * B_n, h_now, STEPS, LOG_STEPS, COLUMNS)
                 dsource += B_n * g_tile
                 dexponent = q_tile * before
                 ddecay += A_now * dexponent
-                dA_n = tl.sum(dexponent * decay_step, 0, keep_dims=True) * LN_2
-                dB_n, dC_n = g_tile * source, after * dys
+                dA_n = tl.sum(dexponent * decays, 0, keep_dims=True) * LN_2
+                dB_n, dC_n = g_tile * source, after * dys_wide
                 if ONE_STATE:
                     dA_sum += dA_n
                 else:
-                    tiles.add_row(A_sums + n * width, dA_n, lanes, inside, FULL)
+                    tiles.add_row(A_sums + n * width, dA_n, wide, wide_inside, FULL)
                 if not B_PER_TOKEN:
                     dB_sum = tl.sum(dB_n, 0, keep_dims=True) * LN_2
-                    tiles.add_row(B_sums + n * width, dB_sum, lanes, inside, FULL)
+                    tiles.add_row(B_sums + n * width, dB_sum, wide, wide_inside, FULL)
                 if not C_PER_TOKEN:
                     dC_sum = tl.sum(dC_n, 0, keep_dims=True)
-                    tiles.add_row(C_sums + n * width, dC_sum, lanes, inside, FULL)
+                    tiles.add_row(C_sums + n * width, dC_sum, wide, wide_inside, FULL)
                 if B_PER_TOKEN or C_PER_TOKEN:
-                    both = tiles.sum_channels(dB_n, dC_n, columns, EXACT_DOT, SPLIT, STEPS, LOG_STEPS, CHANNELS)
-                    both *= tl.where(columns == 0, LN_2, 1.0)[None, :]
-                    both_at = dmatrices + 2 * N * first + (2 * n + columns[None, :]) * STEPS + offsets[:, None]
-                    tl.store(both_at, both, mask=(columns < 2)[None, :])
+                    of_state = dmatrices + 2 * N * first + n * 2 * STEPS
+                    tiles.store_sums(of_state, dB_n, dC_n, own, EXACT_DOT, SPLIT, STEPS, LOG_STEPS, CHANNELS, SLOTS)
         saved -= entry
         if not ONLY_EARLIER:
+            if SLOTS > 1:
+                dsource = tiles.settled(tiles.over_slots(dsource, LOG_SLOTS, STEPS, CHANNELS), NVIDIA)
+                ddecay = tiles.settled(tiles.over_slots(ddecay, LOG_SLOTS, STEPS, CHANNELS), NVIDIA)
             draw = xs * dsource * LOG2_E + ddecay
             if SOFTPLUS:
                 draw *= tiles.softplus_slope(step, PRECISE, NVIDIA)
@@ -376,75 +414,100 @@ def scan_adjoint_kernel(
             dx_tile = step * dsource
             if HAS_SKIP:
                 dx_tile += skip * dys
-                dD_sum += tl.sum(dys * xs, 0, keep_dims=True)
-            tl.store(dx + visit[:, None] * dx_token + lanes[None, :], dx_tile.to(dx.dtype.element_ty), mask=stored)
-            dbias_sum += tl.sum(draw, 0, keep_dims=True)
+                dD_sum += tiles.over_steps(dys * xs, SLOTS)
+            dx_at = dx + visit[:, None] * (x_token if SAME_ROWS else dx_token) + lanes[None, :]
+            tiles.store_tokens(dx_at, dx_tile, first, end, inside, STEPS, FULL)
+            dbias_sum += tiles.over_steps(draw, SLOTS)
             if HAS_GAP:
-                didle_sum += tl.sum(ddecay * gap[:, None], 0, keep_dims=True)
+                didle_sum += tiles.over_steps(ddecay * gap[:, None], SLOTS)
             if LOW_RANK:
                 ddts, dweight_sum = tiles.low_rank_gradients(
-                    draw, dts, matrix, dweight_sum, EXACT_DOT, SPLIT, STEPS, LOG_STEPS, CHANNELS
+                    draw, dts, matrix, dweight_sum, EXACT_DOT, SPLIT, STEPS, LOG_STEPS, CHANNELS, SLOTS
                 )
-                ddt_at = ddt + ((block * walks + walk) * padded + steps[:, None]) * rank + ranks[None, :]
-                tl.store(ddt_at, ddts, mask=(ranks < rank)[None, :])
+                tl.store(dsteps + first * rank + of_ddts, ddts, mask=in_ddts)
             else:
                 ddt_at = ddt + sample * ddt_sample + (0 if CHAIN else sequence * ddt_direction)
                 ddt_at += row[:, None] * ddt_token + lanes[None, :]
-                tl.store(ddt_at, draw.to(ddt.dtype.element_ty), mask=stored)
+                tiles.store_tokens(ddt_at, draw, first, end, inside, STEPS, FULL)
         first = ahead
 
     if ONE_STATE:
-        tl.store(kept + lanes[None, :], q, mask=inside[None, :])
+        tl.store(kept + wide[None, :], q, mask=wide_inside[None, :])
     if not ONLY_EARLIER:
         at = (chunk_index * walks + walk) * width + lanes[None, :]
         if ONE_STATE:
-            tl.store(A_sums + lanes[None, :], dA_sum, mask=inside[None, :])
+            tl.store(A_sums + wide[None, :], dA_sum, mask=wide_inside[None, :])
         if HAS_SKIP:
-            tl.store(dD + at, dD_sum, mask=inside[None, :])
+            tl.store(dD + at, tl.sum(dD_sum, 0, keep_dims=True), mask=inside[None, :])
+        dbias_sum = tl.sum(dbias_sum, 0, keep_dims=True)
         if HAS_GAP:
+            didle_sum = tl.sum(didle_sum, 0, keep_dims=True)
             dbias_sum += didle_sum * (tiles.softplus_slope(idle, PRECISE, NVIDIA) if SOFTPLUS else 1.0)
         tl.store(dbias + at, dbias_sum, mask=inside[None, :])
         if LOW_RANK:
             of_walk = (chunk_index * walks + walk) * rank * width
-            tl.store(dweight + of_walk + of_matrix, dweight_sum, mask=inside_matrix)
+            tl.store(dweight + of_walk + of_matrix, tl.reshape(dweight_sum, (RANKS, CHANNELS)), mask=inside_matrix)
 
 
 @triton.jit
 def unpack_kernel(
-    partial, places, out, blocks, sequences, length, padded, columns, tables,
-    block_stride, walk_stride, tile_stride, step_stride, column_stride, out_sample, out_token, out_direction,
-    CHAIN: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr, COLUMNS: tl.constexpr,
+    dsteps, places, ddt, dB, dC,
+    blocks, walks, sequences, length, padded, rank, N, tables,
+    ddt_sample, ddt_token, ddt_direction, dB_sample, dB_token, dB_direction, dC_sample, dC_token, dC_direction,
+    LOW_RANK: tl.constexpr, B_PER_TOKEN: tl.constexpr, C_PER_TOKEN: tl.constexpr,
+    BLOCK: tl.constexpr, STEPS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Sums partial gradients over blocks of channels and brings them from the order of the steps to rows of tokens."""
+    """Sums gradients of what belongs to steps over blocks of channels, and writes them to the rows of tokens.
+
+    The columns of a step are those of dt, B and C, one after the other.
+    """
     walk = tl.program_id(0).to(tl.int64)
     sample, sequence = walk // sequences, walk % sequences
-    s = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    c = tl.arange(0, COLUMNS)[None, :]
-    inside = (s < length)[:, None] & (c < columns)
-    at = partial + walk * walk_stride + (s // STEPS * tile_stride + s % STEPS * step_stride)[:, None]
-    at += c * column_stride
+    s, c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, COLUMNS)
+    of_C = c >= rank + N
+    state = tl.where(of_C, c - rank - N, c - rank)
+    in_matrices = s[:, None] // STEPS * STEPS * 2 * N + s[:, None] % STEPS + (2 * state + of_C)[None, :] * STEPS
+    at = tl.where((c < rank)[None, :], s[:, None] * rank + c[None, :], rank * padded + in_matrices)
+    wanted = c < rank + 2 * N
+    if not LOW_RANK:
+        wanted &= c >= rank
+    if not B_PER_TOKEN:
+        wanted &= (c < rank) | of_C
+    if not C_PER_TOKEN:
+        wanted &= c < rank + N
+    inside = (s < length)[:, None] & wanted[None, :]
+    dsteps += walk * (rank + 2 * N) * padded
     total = tl.zeros((BLOCK, COLUMNS), tl.float32)
     for _ in range(blocks):
-        total += tl.load(at, mask=inside, other=0.0)
-        at += block_stride
+        total += tl.load(dsteps + at, mask=inside, other=0.0)
+        dsteps += (walks + tl.zeros((), tl.int64)) * (rank + 2 * N) * padded
     row = tl.load(places + 2 * (walk % tables * padded + s - s % STEPS) + s % STEPS, mask=s < length, other=0)
-    to = out + sample * out_sample + (0 if CHAIN else sequence * out_direction)
-    to += row.to(tl.int64)[:, None] * out_token + c
-    tl.store(to, total.to(out.dtype.element_ty), mask=inside)
+    row = row.to(tl.int64)[:, None]
+    if LOW_RANK:
+        to = ddt + sample * ddt_sample + sequence * ddt_direction + row * ddt_token + c[None, :]
+        tl.store(to, total.to(ddt.dtype.element_ty), mask=inside & (c < rank)[None, :])
+    if B_PER_TOKEN:
+        to = dB + sample * dB_sample + sequence * dB_direction + row * dB_token + state[None, :]
+        tl.store(to, total.to(dB.dtype.element_ty), mask=inside & ((c >= rank) & (c < rank + N))[None, :])
+    if C_PER_TOKEN:
+        to = dC + sample * dC_sample + sequence * dC_direction + row * dC_token + state[None, :]
+        tl.store(to, total.to(dC.dtype.element_ty), mask=inside & of_C[None, :])
 
 
 @triton.jit
 def merge_kernel(
-    parts, z, out, rows, directions, width, z_row, GATED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
+    parts, z, out, rows, directions, width, part_row, part_direction, z_row,
+    GATED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Out (rows, d) = Σ parts (rows, k, d) over directions, times silu(z) if gated."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None].to(tl.int64)
     channels = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
     inside = (row < rows) & (channels < width)
     total = tl.zeros((ROWS, BLOCK), tl.float32)
-    for direction in range(directions):
-        part = tl.load(parts + (row * directions + direction) * width + channels, mask=inside, other=0.0)
-        total += part.to(tl.float32)
+    parts += row * part_row + channels
+    for _ in range(directions):
+        total += tl.load(parts, mask=inside, other=0.0).to(tl.float32)
+        parts += part_direction
     if GATED:
         gate = tl.load(z + row * z_row + channels, mask=inside, other=0.0).to(tl.float32)
         total *= gate * tiles.sigmoid(gate)

@@ -1,6 +1,8 @@
 """What the kernels of the scan do with a tile: arithmetic, layout, loads and the recurrences.
 
-A tile is (STEPS, CHANNELS). Lanes are channels, and a thread holds all steps of its channels. Steps, decays and rates
+A tile is (STEPS, CHANNELS). Lanes are channels, and a thread holds all steps of its channels. Where slots, one warp
+each, share the states, what depends on states is a wide tile (STEPS, COLUMNS), COLUMNS = SLOTS·CHANNELS, of which a
+thread holds all steps; the threads of all warps divide the others among them. Steps, decays and rates
 are in units of log 2, a = 2^(rate·step), since that is what the hardware computes.
 """
 
@@ -109,11 +111,18 @@ def pinned(tile, STEPS: tl.constexpr, LOG_STEPS: tl.constexpr, CHANNELS: tl.cons
 
 
 @triton.jit
-def halves(tile, STEPS: tl.constexpr, LOG_STEPS: tl.constexpr, CHANNELS: tl.constexpr):
+def halves(tile, PINNED: tl.constexpr, STEPS: tl.constexpr, LOG_STEPS: tl.constexpr, CHANNELS: tl.constexpr):
     """The tile as the sum of two in bfloat16."""
-    high = tile.to(tl.bfloat16)
-    low = (tile - high.to(tl.float32)).to(tl.bfloat16)
-    return pinned(high, STEPS, LOG_STEPS, CHANNELS), pinned(low, STEPS, LOG_STEPS, CHANNELS)
+    if PINNED:
+        high = tile.to(tl.bfloat16)
+        low = (tile - high.to(tl.float32)).to(tl.bfloat16)
+        high, low = pinned(high, STEPS, LOG_STEPS, CHANNELS), pinned(low, STEPS, LOG_STEPS, CHANNELS)
+    else:
+        turned = tl.trans(tile)
+        high = turned.to(tl.bfloat16)
+        low = tl.trans((turned - high.to(tl.float32)).to(tl.bfloat16))
+        high = tl.trans(high)
+    return high, low
 
 
 @triton.jit
@@ -153,6 +162,35 @@ def load_tokens(base, tokens, token_stride, lanes, inside, FULL: tl.constexpr):
 
 
 @triton.jit
+def load_steps(at, first, end, inside, STEPS: tl.constexpr, FULL: tl.constexpr):
+    """The rows of channels of the steps from ``first`` that are before ``end``, else 0.
+
+    Only the last tile of a sequence tests every row.
+    """
+    if first + STEPS <= end:
+        tile = tl.load(at, mask=None if FULL else inside[None, :], other=None if FULL else 0.0)
+    else:
+        tile = tl.load(at, mask=_existing(first, end, inside, STEPS, FULL), other=0.0)
+    return tile
+
+
+@triton.jit
+def store_tokens(at, tile, first, end, inside, STEPS: tl.constexpr, FULL: tl.constexpr):
+    """Writes the rows of channels of the steps from ``first`` that are before ``end``; see :func:`load_steps`."""
+    tile = tile.to(at.dtype.element_ty)
+    if first + STEPS <= end:
+        tl.store(at, tile, mask=None if FULL else inside[None, :])
+    else:
+        tl.store(at, tile, mask=_existing(first, end, inside, STEPS, FULL))
+
+
+@triton.jit
+def _existing(first, end, inside, STEPS: tl.constexpr, FULL: tl.constexpr):
+    exists = (first + tl.arange(0, STEPS) < end)[:, None]
+    return exists if FULL else exists & inside[None, :]
+
+
+@triton.jit
 def load_pair(base, STEPS: tl.constexpr):
     """Two values of every step of a tile that lie one row after the other, as one vector: a register a lane."""
     return tl.load(base + tl.arange(0, 2 * STEPS))
@@ -165,18 +203,73 @@ def unpair(pair, STEPS: tl.constexpr):
 
 
 @triton.jit
-def along(values, constants, n, width, lanes, inside, PER_TOKEN: tl.constexpr, FULL: tl.constexpr):
-    """B or C of state n beside a tile: ``values`` of steps, (STEPS, 1), or constants per channel, (1, CHANNELS)."""
-    return values[:, None] if PER_TOKEN else load_row(constants + n * width, lanes, inside, FULL)
+def widened(tile, SLOTS: tl.constexpr, CHANNELS: tl.constexpr):
+    """A tile (STEPS, CHANNELS) once for every slot, (STEPS, COLUMNS)."""
+    return _wide(tile[:, None, :], SLOTS, CHANNELS)
 
 
 @triton.jit
-def load_state(A, states, matrices, n, width, lanes, inside, STEPS: tl.constexpr, FULL: tl.constexpr):
+def _wide(tile, SLOTS: tl.constexpr, CHANNELS: tl.constexpr):
+    STEPS: tl.constexpr = tile.shape[0]
+    return tl.reshape(tl.broadcast_to(tile, (STEPS, SLOTS, CHANNELS)), (STEPS, SLOTS * CHANNELS))
+
+
+@triton.jit
+def over_slots(tile, LOG_SLOTS: tl.constexpr, STEPS: tl.constexpr, CHANNELS: tl.constexpr):
+    """The sum of a wide tile over its slots, (STEPS, CHANNELS).
+
+    Halves are added until one is left: a reduction proper would go through shuffles.
+    """
+    for level in tl.static_range(LOG_SLOTS):
+        both = tl.reshape(tile, (STEPS, 2, 2 ** (LOG_SLOTS - level - 1) * CHANNELS))
+        first, second = tl.split(tl.permute(both, (0, 2, 1)))
+        tile = first + second
+    return tile
+
+
+@triton.jit
+def over_steps(tile, SLOTS: tl.constexpr):
+    """What to add up from tile to tile for a sum over steps: sums, or the tile itself where warps share its steps."""
+    return tl.sum(tile, 0, keep_dims=True) if SLOTS == 1 else tile
+
+
+@triton.jit
+def settled(tile, NVIDIA: tl.constexpr):
+    """The tile itself. The compiler cannot compute it a second time for a use that wants another layout."""
+    if NVIDIA:
+        tile = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [tile], tl.float32, is_pure=False, pack=1)
+    return tile
+
+
+@triton.jit
+def along(values, constants, n, width, lanes, inside, PER_TOKEN: tl.constexpr, FULL: tl.constexpr):
+    """B or C of state n beside a tile: ``values`` of steps, (STEPS, 1), or constants per channel, (1, CHANNELS)."""
+    return values if PER_TOKEN else load_row(constants + n * width, lanes, inside, FULL)
+
+
+@triton.jit
+def load_pairs(matrices, own, SLOTS: tl.constexpr, STEPS: tl.constexpr):
+    """B and C of a state of every slot, (SLOTS, 2·STEPS), a register a lane."""
+    slots = tl.arange(0, SLOTS)[:, None] * (own * 2 * STEPS)
+    return tl.load(matrices + slots + tl.arange(0, 2 * STEPS)[None, :])
+
+
+@triton.jit
+def unpaired(pairs, SLOTS: tl.constexpr, STEPS: tl.constexpr, CHANNELS: tl.constexpr):
+    """B and C beside a wide tile, (STEPS, COLUMNS)."""
+    B, C = tl.split(tl.permute(tl.reshape(pairs, (SLOTS, 2, STEPS)), (2, 0, 1)))
+    return _wide(B[:, :, None], SLOTS, CHANNELS), _wide(C[:, :, None], SLOTS, CHANNELS)
+
+
+@triton.jit
+def load_state(
+    A, states, matrices, n, own, width, lanes, inside, SLOTS: tl.constexpr, STEPS: tl.constexpr, FULL: tl.constexpr
+):
     """What a tile reads of state n: its rate, the state itself, and B and C as a pair."""
     return (
         load_row(A + n * width, lanes, inside, FULL),
         load_row(states + n * width, lanes, inside, FULL),
-        load_pair(matrices + n * 2 * STEPS, STEPS),
+        load_pairs(matrices + n * 2 * STEPS, own, SLOTS, STEPS),
     )
 
 
@@ -212,11 +305,14 @@ def raw_steps(
 def steps_of_tile(
     raw, gaps, idle, exists,
     SOFTPLUS: tl.constexpr, HAS_GAP: tl.constexpr, MASKED: tl.constexpr, PRECISE: tl.constexpr, NVIDIA: tl.constexpr,
-    STEPS: tl.constexpr, LOG_STEPS: tl.constexpr, CHANNELS: tl.constexpr,
+    STEPS: tl.constexpr, LOG_STEPS: tl.constexpr, CHANNELS: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """Steps and decay steps of a tile, (STEPS, CHANNELS), in units of log 2; 0 where there is no step."""
     steps = softplus(raw, PRECISE, NVIDIA) if SOFTPLUS else raw
-    steps = tile_of(rows_of(steps, STEPS, LOG_STEPS, CHANNELS), STEPS, LOG_STEPS, CHANNELS)
+    if SLOTS > 1:
+        steps = settled(steps, NVIDIA)
+    else:
+        steps = tile_of(rows_of(steps, STEPS, LOG_STEPS, CHANNELS), STEPS, LOG_STEPS, CHANNELS)
     if MASKED:
         steps = tl.where(exists[:, None], steps, 0.0)
     return steps, steps + gaps[:, None] * idle if HAS_GAP else steps
@@ -247,43 +343,88 @@ def gradients_of_tile(decay, added, q, STEPS: tl.constexpr, LOG_STEPS: tl.conste
 
 
 @triton.jit
-def sum_channels(
-    first, second, columns, EXACT_DOT: tl.constexpr, SPLIT: tl.constexpr,
-    STEPS: tl.constexpr, LOG_STEPS: tl.constexpr, CHANNELS: tl.constexpr,
+def of_slots(tile, SLOTS: tl.constexpr, STEPS: tl.constexpr, CHANNELS: tl.constexpr):
+    """A wide tile as one tile of every slot, (SLOTS, STEPS, CHANNELS)."""
+    return tl.permute(tl.reshape(tile, (STEPS, SLOTS, CHANNELS)), (1, 0, 2))
+
+
+@triton.jit
+def sums_over_channels(
+    tile, column: tl.constexpr, sums, SPLIT: tl.constexpr,
+    STEPS: tl.constexpr, LOG_STEPS: tl.constexpr, CHANNELS: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """Sums over channels of two tiles, as the first two of 16 columns, (STEPS, 16)."""
+    """Adds a wide tile's sums over channels to a column of ``sums`` (SLOTS, STEPS, 16), by a product with ones."""
+    one = tl.where(tl.arange(0, 16) == column, 1.0, 0.0).to(tl.bfloat16)
+    one = tl.broadcast_to(one[None, None, :], (SLOTS, CHANNELS, 16))
+    high, low = halves(tile, True, STEPS, LOG_STEPS, SLOTS * CHANNELS)
+    sums = tl.dot(of_slots(high, SLOTS, STEPS, CHANNELS), one, sums)
+    if SPLIT:
+        sums = tl.dot(of_slots(low, SLOTS, STEPS, CHANNELS), one, sums)
+    return sums
+
+
+@triton.jit
+def store_sums(
+    at, dB, dC, own, EXACT_DOT: tl.constexpr, SPLIT: tl.constexpr,
+    STEPS: tl.constexpr, LOG_STEPS: tl.constexpr, CHANNELS: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """Writes the gradients of B and C of a state of every slot: sums over channels of two wide tiles."""
+    column = tl.arange(0, 16)[None, None, :]
     if EXACT_DOT:
-        first, second = tl.sum(first, 1, keep_dims=True), tl.sum(second, 1, keep_dims=True)
-        both = tl.where(columns[None, :] == 0, first, second)
+        dB = tl.sum(of_slots(dB, SLOTS, STEPS, CHANNELS), 2, keep_dims=True)
+        dC = tl.sum(of_slots(dC, SLOTS, STEPS, CHANNELS), 2, keep_dims=True)
+        both = tl.where(column == 0, dB, dC)
     else:
-        one = tl.broadcast_to(tl.where(columns == 0, 1.0, 0.0).to(tl.bfloat16)[None, :], (CHANNELS, 16))
-        two = tl.broadcast_to(tl.where(columns == 1, 1.0, 0.0).to(tl.bfloat16)[None, :], (CHANNELS, 16))
-        first, first_rest = halves(first, STEPS, LOG_STEPS, CHANNELS)
-        second, second_rest = halves(second, STEPS, LOG_STEPS, CHANNELS)
-        both = tl.dot(second, two, tl.dot(first, one))
-        if SPLIT:
-            both = tl.dot(second_rest, two, tl.dot(first_rest, one, both))
-    return both
+        both = tl.zeros((SLOTS, STEPS, 16), tl.float32)
+        both = sums_over_channels(dB, 0, both, SPLIT, STEPS, LOG_STEPS, CHANNELS, SLOTS)
+        both = sums_over_channels(dC, 1, both, SPLIT, STEPS, LOG_STEPS, CHANNELS, SLOTS)
+    both *= tl.where(column == 0, LN_2, 1.0)
+    at += tl.arange(0, SLOTS)[:, None, None] * (own * 2 * STEPS) + tl.arange(0, STEPS)[None, :, None]
+    tl.store(at + column * STEPS, both, mask=column < 2)
+
+
+@triton.jit
+def zeros_of_weight(RANKS: tl.constexpr, CHANNELS: tl.constexpr, SLOTS: tl.constexpr):
+    """Where :func:`add_products` sums up the gradient of the weight."""
+    return tl.zeros((RANKS, CHANNELS) if SLOTS == 1 else (RANKS // 16, 16, CHANNELS), tl.float32)
+
+
+@triton.jit
+def add_products(dweight, rows, draw, SLOTS: tl.constexpr):
+    """Adds rowsᵀ·draw, (RANKS, STEPS) by (STEPS, CHANNELS).
+
+    Several warps take the product in slices: the compiler would lay out all products of the kernel like a square one,
+    each warp doing the same.
+    """
+    rows = tl.trans(rows)
+    if SLOTS == 1:
+        dweight = tl.dot(rows, draw, dweight, input_precision="ieee")
+    else:
+        SLICES: tl.constexpr = dweight.shape[0]
+        rows = tl.reshape(rows, (SLICES, 16, rows.shape[1]))
+        draw = tl.broadcast_to(draw[None, :, :], (SLICES, draw.shape[0], draw.shape[1]))
+        dweight = tl.dot(rows, draw, dweight, input_precision="ieee")
+    return dweight
 
 
 @triton.jit
 def low_rank_gradients(
     draw, dts, matrix, dweight, EXACT_DOT: tl.constexpr, SPLIT: tl.constexpr,
-    STEPS: tl.constexpr, LOG_STEPS: tl.constexpr, CHANNELS: tl.constexpr,
+    STEPS: tl.constexpr, LOG_STEPS: tl.constexpr, CHANNELS: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the rows of dt, draw·weightᵀ (STEPS, RANKS), and of the weight, with dtᵀ·draw added."""
     if EXACT_DOT:
         ddts = tl.dot(draw, tl.trans(matrix), input_precision="ieee")
-        dweight = tl.dot(tl.trans(dts.to(tl.float32)), draw, dweight, input_precision="ieee")
+        dweight = add_products(dweight, dts.to(tl.float32), draw, SLOTS)
     else:
-        draw, draw_rest = halves(draw, STEPS, LOG_STEPS, CHANNELS)
+        draw, draw_rest = halves(draw, SLOTS == 1, STEPS, LOG_STEPS, CHANNELS)
         high = matrix.to(tl.bfloat16)
         ddts = tl.dot(draw, tl.trans(high))
         rows = dts.to(tl.bfloat16)
-        dweight = tl.dot(tl.trans(rows), draw, dweight)
+        dweight = add_products(dweight, rows, draw, SLOTS)
         if SPLIT:
             rest = (matrix - high.to(tl.float32)).to(tl.bfloat16)
             ddts = tl.dot(draw_rest, tl.trans(high), tl.dot(draw, tl.trans(rest), ddts))
             rows_rest = (dts.to(tl.float32) - rows.to(tl.float32)).to(tl.bfloat16)
-            dweight = tl.dot(tl.trans(rows_rest), draw, tl.dot(tl.trans(rows), draw_rest, dweight))
+            dweight = add_products(add_products(dweight, rows, draw_rest, SLOTS), rows_rest, draw, SLOTS)
     return ddts, dweight

@@ -16,16 +16,17 @@ pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reaso
 
 VIM = {"RANKS": 16, "ONE_STATE": False}
 VMAMBA = {"RANKS": 16, "ONE_STATE": True}
+FOUR_WARPS = {"SLOTS": 4, "LOG_SLOTS": 2}
+A_STATE_A_WARP = {"SLOTS": 16, "LOG_SLOTS": 4, "ONE_STATE": True}
 EVERYTHING = {"B_PER_TOKEN": False, "C_PER_TOKEN": False, "HAS_GAP": True, "CHAIN": True, "FULL": False, "MASKED": True}
 USUAL = {
     "LOW_RANK": True, "HALF_DOT": True, "SOFTPLUS": True, "HAS_BIAS": True, "HAS_GAP": False, "HAS_SKIP": True,
     "CHAIN": False, "SHARED_X": True, "B_PER_TOKEN": True, "C_PER_TOKEN": True, "STEPS": 16, "LOG_STEPS": 4,
-    "CHANNELS": 32, "FULL": True, "MASKED": False, "PRECISE": False, "INDEX": tl.int32,
+    "CHANNELS": 32, "SLOTS": 1, "LOG_SLOTS": 0, "FULL": True, "MASKED": False, "PRECISE": False, "INDEX": tl.int32,
 }  # fmt: skip
 PLAIN_FLOAT32 = {"HALF_DOT": False, "PRECISE": True, "EXACT_DOT": True}
 INTEGERS = ("places", "order", "gap")
 HALF = ("x", "dt", "z", "y", "dy", "dx", "parts", "out", "dz")
-MULTIPLES_OF_16 = ("chunk", "padded", "width", "x_token", "x_sample", "y_token", "y_sample")  # as in most models
 
 
 NUMBERS = (
@@ -40,8 +41,8 @@ def _compile(kernel, target, half, constants, *, numbers=NUMBERS, **options):
             return "i32"
         return "*" + ("i32" if name in INTEGERS else half if name in HALF else "fp32")
 
-    options = {"num_warps": 1, "num_stages": 1} | options
-    return compile_kernel(kernel, target, constants, type_of, multiples_of_16=MULTIPLES_OF_16, **options)
+    options = {"num_warps": constants.get("SLOTS", 1), "num_stages": 1} | options
+    return compile_kernel(kernel, target, constants, type_of, **options)
 
 
 def _forward(target, half, *switches, **options):
@@ -53,7 +54,7 @@ def _forward(target, half, *switches, **options):
 
 
 def _adjoint(target, half, *switches, **options):
-    modes = {"SHARED_DY": True, "HAS_STATES": True, "HAS_LATER": True, "ONLY_EARLIER": False}
+    modes = {"SHARED_DY": True, "SAME_ROWS": True, "HAS_STATES": True, "HAS_LATER": True, "ONLY_EARLIER": False}
     constants = USUAL | modes | {"EXACT_DOT": False, "SPLIT": half == "fp16", "NVIDIA": target.backend == "cuda"}
     for each in switches:
         constants |= each
@@ -87,6 +88,13 @@ def test_every_switch(switches):
     assert _adjoint(H100, half, *switches).asm
 
 
+@pytest.mark.parametrize("target", [TARGETS[0], H100, TARGETS[-1]], ids=["turing", "hopper", "gfx942"])
+def test_warps_that_share_states(target):
+    half, products = ("fp16", {"EXACT_DOT": True}) if target.arch == 75 else ("bf16", {})
+    assert _forward(target, half, VIM, FOUR_WARPS, {"FULL": False, "MASKED": True}).asm
+    assert _adjoint(target, half, VIM, FOUR_WARPS, {"FULL": False, "MASKED": True}, products).asm
+
+
 @pytest.mark.parametrize("model", [VIM, VMAMBA], ids=["vim", "vmamba"])
 def test_passes_over_chunks(model):
     only_states = {"WRITE_Y": False, "GATED": False}
@@ -95,10 +103,14 @@ def test_passes_over_chunks(model):
     assert _adjoint(H100, "bf16", model, {"ONLY_EARLIER": True, "HAS_LATER": False}).asm
 
 
-@pytest.mark.parametrize(("model", "registers"), [(VIM, 168), (VMAMBA, 128)], ids=["vim", "vmamba"])
+@pytest.mark.parametrize(
+    ("model", "registers"),
+    [([VIM], 168), ([VMAMBA], 128), ([VIM, FOUR_WARPS], 128), ([VIM, A_STATE_A_WARP], 128)],
+    ids=["vim", "vmamba", "four warps", "a state a warp"],
+)
 def test_a_thread_holds_the_steps_of_its_channels(model, registers, tmp_path):
     """So the recurrence needs no shuffles, and its registers suffice: nothing is spilt to memory."""
-    compiled = _forward(H100, "bf16", model, {"GATED": False, "HAS_START": False}, maxnreg=registers)
+    compiled = _forward(H100, "bf16", *model, {"GATED": False, "HAS_START": False}, maxnreg=registers)
     assert "shfl" not in compiled.asm["ptx"]
     assert stack_bytes(compiled, tmp_path) == 0
 
@@ -110,7 +122,9 @@ def test_small_kernels():
         "C_PER_TOKEN": True, "BLOCK": 64, "STEPS": 16, "STATES": 16,
     }  # fmt: skip
     carry = {"HAS_FIRST": True, "REVERSE": True, "CHANNELS": 32, "PRECISE": True, "NVIDIA": True}
-    unpack = {"CHAIN": False, "BLOCK": 64, "STEPS": 16, "COLUMNS": 8}
+    unpack = {
+        "LOW_RANK": True, "B_PER_TOKEN": True, "C_PER_TOKEN": True, "BLOCK": 64, "STEPS": 16, "COLUMNS": 8,
+    }  # fmt: skip
     for kernel, constants, also_numbers in (
         (scan_triton.merge_kernel, elementwise, ("rows",)),
         (scan_triton.gate_adjoint_kernel, elementwise, ("rows",)),

@@ -11,7 +11,7 @@ from vssm_kernels import launch_table
 from vssm_kernels.launch_table import LaunchConfig, candidates, forced, key, launch_config
 from vssm_kernels.scan_call import ScanCall
 
-TUNED = LaunchConfig(steps=32, channels=64, chunks=3, registers=200)
+TUNED = LaunchConfig(steps=32, channels=64, slots=1, chunks=3, registers=200)
 
 
 def _call(batch: int, directions: int, width: int, states: int, tokens: int, *, chain: bool = False) -> ScanCall:
@@ -44,7 +44,10 @@ def test_key_says_what_sizes_depend_on():
 def test_sequences_are_cut_only_where_they_are_few():
     assert launch_config(_call(128, 4, 96, 1, 3136), backward=False).chunks == 1
     few = launch_config(_call(8, 1, 384, 16, 6085), backward=False)
-    assert 8 * 12 * few.chunks >= 1500
+    assert (few.slots, few.chunks) == (16, 1)  # warps that share states come first
+    one_state = launch_config(_call(8, 1, 384, 1, 6085), backward=False)
+    assert one_state.slots == 1
+    assert 8 * 12 * one_state.chunks >= 1500
     assert launch_config(_call(1, 1, 16, 16, 130), backward=False).chunks == 1  # no chunk of a few steps
 
 

@@ -33,10 +33,10 @@ def _arguments(states: int, dtype: torch.dtype, device: torch.device | str) -> d
 
 
 @pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize(("states", "slots"), [(1, 1), (4, 1), (4, 2), (4, 4), (6, 4), (16, 16)])
 @pytest.mark.parametrize("chunks", [1, 2])
-@pytest.mark.parametrize("states", [1, 2, 4])
-def test_tiles_and_chunks(device, states, chunks):
-    config = LaunchConfig(steps=16, channels=16, chunks=chunks, registers=255)
+def test_tiles_slots_and_chunks(device, states, slots, chunks):
+    config = LaunchConfig(steps=16, channels=16, slots=slots, chunks=chunks, registers=255)
     expected = outputs_and_gradients(directional_scan_ref, _arguments(states, torch.float64, "cpu"))
     with use_backend("triton"), forced(config):
         results = outputs_and_gradients(directional_scan, _arguments(states, torch.float32, device))
@@ -55,3 +55,24 @@ def test_cuda_graph(device):
             captured = directional_scan(**arguments)
         graph.replay()
     assert all(torch.equal(one, other) for one, other in zip(captured, expected, strict=True))
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="needs some 20 GB of GPU memory")
+@pytest.mark.gpu
+def test_more_elements_than_32_bits_count(device):
+    b, l, k, d = 5, 2**20, 1, 512
+    x = torch.randn(1, l, d, device=device, dtype=torch.bfloat16).expand(b, l, d).contiguous()
+    x[-1] *= 2
+    assert x.numel() > 2**31
+    arguments = {
+        "dt": torch.randn(1, l, k, 4, device=device),
+        "B": torch.randn(1, l, k, 1, device=device),
+        "C": torch.randn(1, l, k, 1, device=device),
+    }
+    shared = {"A": -torch.rand(k, d, 1, device=device), "dt_weight": torch.randn(k, d, 4, device=device)}
+    config = LaunchConfig(steps=16, channels=32, slots=1, chunks=64, registers=128)
+    with torch.no_grad(), use_backend("triton"), forced(config):
+        many = {name: tensor.expand(b, -1, -1, -1) for name, tensor in arguments.items()}
+        last = directional_scan(x, **many, **shared)[-1]
+        alone = directional_scan(x[-1:], **arguments, **shared)[0]
+    assert torch.equal(last, alone)
