@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import vssm
 from golden import records
+from vssm.engine.convert import convert
 from vssm.layers.downsample import ConvDownsample
 from vssm.layers.ssm import SelectiveSSM
 from vssm.models.msvmamba import ConvFFN, MultiScaleSS2D, MultiScaleSS2DV3, checkpoint_filter_fn
@@ -157,6 +158,15 @@ def test_own_keys_stay_as_they_are():
     converted = checkpoint_filter_fn(dict(state), model)
     assert converted.keys() == state.keys()
     assert all(converted[key] is state[key] for key in state)
+
+
+def test_conversion_says_where_both_parameter_sets_went(official, tmp_path):
+    torch.save({"model": official}, tmp_path / "best_ckpt.pth")
+    written = convert(tmp_path / "best_ckpt.pth", "msvmamba_nano")
+    mixer = "stages.0.blocks.0.mixer."
+    assert written["keys"]["layers.0.blocks.0.op.Ds"] == [f"{mixer}ssm.D", f"{mixer}ssm_half.D"]
+    model = vssm.create_model("msvmamba_nano", checkpoint_path=tmp_path / "best_ckpt.safetensors")
+    assert torch.equal(model.stages[0].blocks[0].mixer.ssm.D[0], official["layers.0.blocks.0.op.Ds"][96:])
 
 
 def test_projections_stored_as_convolutions(official_v3, tiny_v3):

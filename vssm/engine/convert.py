@@ -82,13 +82,16 @@ def _filter(source: Mapping[str, Tensor], model: nn.Module) -> tuple[dict[str, T
 def _check_values_kept(
     source: Mapping[str, Tensor], converted: Mapping[str, Tensor], origins: Mapping[str, set[str]]
 ) -> None:
-    """A conversion rearranges values; one that resizes them is for another model or input size."""
+    """A conversion rearranges, joins or splits; one that resizes is for another model or input size."""
+    made_of: dict[frozenset[str], list[str]] = {}
     for key, theirs in origins.items():
-        values = sum(source[each].numel() for each in theirs)
-        if converted[key].numel() != values:
+        made_of.setdefault(frozenset(theirs), []).append(key)
+    for theirs, mine in made_of.items():
+        before, after = sum(source[key].numel() for key in theirs), sum(converted[key].numel() for key in mine)
+        if before != after:
             raise ValueError(
-                f"convert: {', '.join(sorted(theirs))} with {values} values would become {key} with "
-                f"{converted[key].numel()}: give the checkpoint's input size (--img-size)"
+                f"convert: {', '.join(sorted(theirs))} with {before} values would become {', '.join(mine)} with "
+                f"{after}: give the checkpoint's input size (--img-size)"
             )
 
 
