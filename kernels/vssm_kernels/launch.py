@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -223,7 +222,7 @@ class _Launch:
                 kernel[grid](**self.step_arguments, **self.switches, **arguments)
 
     def _carry(self, ends: Tensor, totals: Tensor, first: Tensor | None, *, reverse: bool) -> None:
-        call, channels = self.call, min(128, triton.next_power_of_2(self.call.width))
+        call, channels = self.call, min(128, _power_of_two(self.call.width))
         grid = (self.walks * call.states, math.ceil(call.width / channels))
         switches: dict[str, Any] = {"HAS_FIRST": first is not None, "REVERSE": reverse, "CHANNELS": channels}
         switches |= {name: self.switches[name] for name in ("PRECISE", "NVIDIA")}
@@ -262,7 +261,7 @@ class _Launch:
                     HAS_ORDER=order is not None, HAS_GAP=gap is not None, CHAIN=call.chain,
                     STEP_PARAMS=call.params == "step", B_PER_TOKEN=matrices["B"].ndim == 4,
                     C_PER_TOKEN=matrices["C"].ndim == 4, BLOCK=_PACKED, STEPS=self.config.steps,
-                    STATES=triton.next_power_of_2(call.states),
+                    STATES=_power_of_two(call.states),
                 )  # fmt: skip
         return {"places": places, "gaps": gaps, "matrices": packed, "tables": tables, **constants}
 
@@ -302,7 +301,7 @@ class _Launch:
             "rank": self.rank,
             "unaligned": 0,
             "LOW_RANK": call.dt_weight is not None,
-            "RANKS": max(16, triton.next_power_of_2(self.rank)),
+            "RANKS": max(16, _power_of_two(self.rank)),
             "HALF_DOT": call.dt.dtype == torch.float16
             or (call.dt.dtype == torch.bfloat16 and _bfloat16_products(call.x.device)),
             "SOFTPLUS": call.softplus,
@@ -391,7 +390,7 @@ class _Launch:
                     tables=self.step_arguments["tables"], **arguments,
                     LOW_RANK="dt" in grads, B_PER_TOKEN="B" in grads, C_PER_TOKEN="C" in grads,
                     BLOCK=_PACKED, STEPS=self.config.steps,
-                    COLUMNS=triton.next_power_of_2(self.rank + 2 * call.states),
+                    COLUMNS=_power_of_two(self.rank + 2 * call.states),
                 )  # fmt: skip
         return grads
 
@@ -431,10 +430,15 @@ def _gate_gradients(call: ScanCall, dy: Tensor, result: Tensor) -> tuple[Tensor,
     return dresult, dz
 
 
+def _power_of_two(number: int) -> int:
+    """The smallest that is at least ``number``; triton's own function takes a while."""
+    return 1 << max(0, number - 1).bit_length()
+
+
 def _elementwise(rows: int, width: int) -> tuple[tuple[int, int], dict[str, int]]:
     """Grid and tile of a kernel over (rows, width)."""
-    block = min(256, triton.next_power_of_2(width))
-    return (triton.cdiv(rows, 16), triton.cdiv(width, block)), {"ROWS": 16, "BLOCK": block}
+    block = min(256, _power_of_two(width))
+    return (math.ceil(rows / 16), math.ceil(width / block)), {"ROWS": 16, "BLOCK": block}
 
 
 def _rows_of_one_stride(tensor: Tensor) -> Tensor:

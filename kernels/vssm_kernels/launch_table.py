@@ -55,9 +55,19 @@ def launch_config(call: ScanCall, *, backward: bool) -> LaunchConfig:
     """The sizes for one call: those being tried, or from the user's table, or by :func:`heuristic`."""
     if _forced is not None:
         return _forced
-    shape = _shape_of(call, backward=backward)
-    tuned = _user_table(user_table_path(), _device_name(call.x.device)).get(_spelled(shape))
+    return _chosen(_shape_of(call, backward=backward), call.x.device)
+
+
+@functools.cache  # a model asks at every call
+def _chosen(shape: _Shape, device: torch.device) -> LaunchConfig:
+    tuned = _user_table(user_table_path(), _device_name(device)).get(_spelled(shape))
     return heuristic(shape) if tuned is None else tuned
+
+
+def forget() -> None:
+    """Drops what was read of the user's table, so that the next call reads it again."""
+    _chosen.cache_clear()
+    _user_table.cache_clear()
 
 
 def heuristic(shape: _Shape) -> LaunchConfig:

@@ -29,9 +29,9 @@ def _call(batch: int, directions: int, width: int, states: int, tokens: int, *, 
 def table(monkeypatch, tmp_path):
     """An empty cache folder; gives the path of its table."""
     monkeypatch.setenv("VSSM_CACHE", str(tmp_path))
-    launch_table._user_table.cache_clear()
+    launch_table.forget()
     yield tmp_path / "launch_table.json"
-    launch_table._user_table.cache_clear()
+    launch_table.forget()
 
 
 def test_key_says_what_sizes_depend_on():
