@@ -89,6 +89,20 @@ def test_unwraps(wrap, tmp_path):
     torch.testing.assert_close(checkpoint.read(tmp_path / "file.pth"), state)
 
 
+def test_reads_the_entry_asked_for(small_state, tmp_path):
+    average = {key: value + 1 for key, value in small_state.items()}
+    torch.save({"model": dict(small_state), "model_ema": average, "epoch": 3}, tmp_path / "run.pth")
+    torch.testing.assert_close(checkpoint.read(tmp_path / "run.pth", entry="model_ema"), average)
+    command = ["convert", str(tmp_path / "run.pth"), "--model", "test_vim", "--num-classes", "3"]
+    assert main([*command, "--entry", "model_ema"]) == 0
+    torch.testing.assert_close(checkpoint.read(tmp_path / "run.safetensors"), average)
+    with pytest.raises(ValueError, match=r"no weights: expected tensors by name, under 'ema'; got entries model, "):
+        checkpoint.read(tmp_path / "run.pth", entry="ema")
+    torch.save(average, tmp_path / "plain.pth")
+    with pytest.raises(ValueError, match=r"under 'model_ema'; got entries "):
+        checkpoint.read(tmp_path / "plain.pth", entry="model_ema")
+
+
 def test_a_classifier_beside_the_backbone_is_kept(tmp_path):
     weights = {"backbone.a": torch.ones(2), "head.fc.weight": torch.zeros(3), "ema_backbone_a": torch.ones(2)}
     torch.save({"meta": {}, "state_dict": weights}, tmp_path / "file.pth")

@@ -39,7 +39,7 @@ _SAFE_CLASSES = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]
 _CHUNK = 1 << 20  # bytes
 
 
-def read(path: str | os.PathLike, trust_pickle: bool = False) -> dict[str, Tensor]:
+def read(path: str | os.PathLike, trust_pickle: bool = False, *, entry: str | None = None) -> dict[str, Tensor]:
     """Reads the model weights of a checkpoint file.
 
     Args:
@@ -47,18 +47,21 @@ def read(path: str | os.PathLike, trust_pickle: bool = False) -> dict[str, Tenso
             one under ``model``, ``state_dict``, ``model_ema``, ``state_dict_ema`` or ``ema_model``, the first of these
             that it has.
         trust_pickle: Whether the file may run code. Say so only of files whose origin you trust.
+        entry: Take the weights under this name instead, such as ``model_ema``.
 
     Returns:
         Weights on the CPU by their keys, without the prefixes of wrappers; of a detector, those of its backbone.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is incomplete, is no checkpoint, or needs ``trust_pickle``.
+        ValueError: If the file is incomplete, is no checkpoint, has no such entry, or needs ``trust_pickle``.
     """
-    return read_with_report(path, trust_pickle)[0]
+    return read_with_report(path, trust_pickle, entry=entry)[0]
 
 
-def read_with_report(path: str | os.PathLike, trust_pickle: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_with_report(
+    path: str | os.PathLike, trust_pickle: bool = False, *, entry: str | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """As `read`; also returns, for each entry of the file that is no model weight, why it was left out."""
     path = Path(path)
     if not path.is_file():
@@ -67,7 +70,7 @@ def read_with_report(path: str | os.PathLike, trust_pickle: bool = False) -> tup
         head = file.read(9)
     is_safetensors = head[8:9] == b"{"  # 8 bytes of length, then a header in JSON
     content = _load_safetensors(path) if is_safetensors else _load_pickle(path, trust_pickle)
-    weights, left_out = _unwrap(content, path)
+    weights, left_out = _unwrap(content, path, entry)
     weights = _strip_wrappers(weights)
     return _take_backbone(weights, left_out)
 
@@ -232,29 +235,30 @@ def _unreadable(path: Path, error: Exception) -> ValueError:
     return ValueError(f"checkpoint.read: {str(path)!r} is incomplete or not a checkpoint ({reason})")
 
 
-def _unwrap(content: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The state dict inside a file's content, and the reasons for leaving out the rest."""
+def _unwrap(content: Any, path: Path, entry: str | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The state dict inside a file's content, under ``entry`` if one is given, and why the rest is left out."""
     left_out: dict[str, str] = {}
+    names = _WEIGHT_ENTRIES if entry is None else (entry,)
     if isinstance(content, nn.Module):
         content = content.state_dict()
     if isinstance(content, Mapping):
-        entry = next((name for name in _WEIGHT_ENTRIES if isinstance(content.get(name), Mapping | nn.Module)), None)
-        if entry is not None:
-            weights, inner = _unwrap(content[entry], path)
+        taken = next((name for name in names if isinstance(content.get(name), Mapping | nn.Module)), None)
+        if taken is not None:
+            weights, inner = _unwrap(content[taken], path)
             outer = {
-                str(key): f"not in the entry {entry!r}, which holds the weights" for key in content if key != entry
+                str(key): f"not in the entry {taken!r}, which holds the weights" for key in content if key != taken
             }
             return weights, outer | inner
         weights = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
-        if weights:
+        if weights and entry is None:
             left_out = {str(key): "not a tensor" for key in content if str(key) not in weights}
             return weights, left_out
     found = (
         f"entries {', '.join(map(str, list(content)[:5]))}" if isinstance(content, Mapping) else type(content).__name__
     )
+    expected = f"under {entry!r}" if entry else f"or such a mapping under one of {', '.join(_WEIGHT_ENTRIES)}"
     raise ValueError(
-        f"checkpoint.read: {str(path)!r} holds no weights: expected tensors by name, or such a mapping under one of "
-        f"{', '.join(_WEIGHT_ENTRIES)}; got {found}"
+        f"checkpoint.read: {str(path)!r} holds no weights: expected tensors by name, {expected}; got {found}"
     )
 
 

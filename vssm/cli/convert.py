@@ -16,6 +16,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--img-size", type=image_size, metavar="SIZE", help="input size of the checkpoint: 512, 160x256"
     )
+    parser.add_argument(
+        "--entry",
+        metavar="NAME",
+        help="where in the file the weights are, such as model_ema; the plain ones by default",
+    )
     parser.add_argument("--url", help="where the file came from, for the record")
     parser.add_argument(
         "--trust-pickle", action="store_true", help="let the file run code; only if you trust where it came from"
@@ -31,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
         num_classes=args.num_classes,
         img_size=args.img_size,
         url=args.url,
+        entry=args.entry,
         trust_pickle=args.trust_pickle,
     )
     folder = Path(args.output or args.file).parent

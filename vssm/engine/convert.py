@@ -21,6 +21,7 @@ def convert(
     num_classes: int | None = None,
     img_size: tuple[int, int] | None = None,
     url: str | None = None,
+    entry: str | None = None,
     trust_pickle: bool = False,
 ) -> dict[str, Any]:
     """Converts one checkpoint for one of this package's models.
@@ -32,6 +33,7 @@ def convert(
         num_classes: Classes of the checkpoint; the model's own number when not given.
         img_size: Height and width in pixels that the checkpoint's positions are for; the model's own when not given.
         url: Where the file came from, for the record.
+        entry: Entry of the file to take the weights from; the first that `checkpoint.read` knows when not given.
         trust_pickle: Whether the file may run code.
 
     Returns:
@@ -46,7 +48,7 @@ def convert(
     output = path.with_suffix(".safetensors") if output is None else Path(output)
     if output.resolve() == path.resolve():
         raise ValueError(f"convert: the output would overwrite the source {str(path)!r}, give another output")
-    source, dropped = checkpoint.read_with_report(path, trust_pickle)
+    source, dropped = checkpoint.read_with_report(path, trust_pickle, entry=entry)
     model = _model(name, num_classes, img_size)
     converted, origins = _filter(source, model)
     checkpoint.check(model, converted)
