@@ -95,6 +95,15 @@ def test_norm_precedes_the_mlp_and_in_the_later_version_follows_it():
             assert not torch.allclose(later, earlier)
 
 
+def test_every_parameter_of_the_later_version_gets_a_gradient():
+    model = vssm.create_model("msvmamba_tiny_v3", embed_dim=16, depths=(1, 1))
+    model(torch.randn(2, 3, 50, 37)).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.any(), name
+
+
 @pytest.mark.parametrize(
     ("name", "depths", "downsample"),
     [("msvmamba_micro", [1, 2, 5, 2], PatchMerging), ("msvmamba_small_v3", [2, 3, 20, 2], ConvDownsample)],
