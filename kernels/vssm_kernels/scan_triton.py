@@ -105,7 +105,10 @@ def scan_forward_kernel(
     sample, sequence = walk // sequences, walk % sequences
     walks = (samples + tl.zeros((), tl.int64)) * sequences
     channels = tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS)
-    lanes, inside = channels + unaligned, channels < width
+    inside = channels < width
+    # In 64 bits the compiler sees that the two channels of a lane are 32 apart, and gives them one address.
+    lanes = tl.arange(0, CHANNELS).to(tl.int64 if CHANNELS > 32 else tl.int32)
+    lanes += tl.program_id(0) % blocks * CHANNELS + unaligned
     ranks, offsets = tl.arange(0, RANKS), tl.arange(0, STEPS)
     COLUMNS: tl.constexpr = SLOTS * CHANNELS
     own = N // SLOTS

@@ -33,10 +33,13 @@ def _arguments(states: int, dtype: torch.dtype, device: torch.device | str) -> d
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize(("states", "slots"), [(1, 1), (4, 1), (4, 2), (4, 4), (6, 4), (16, 16)])
+@pytest.mark.parametrize(
+    ("states", "slots", "steps", "channels"),
+    [(1, 1, 16, 16), (4, 1, 32, 64), (4, 2, 16, 16), (4, 4, 16, 32), (6, 4, 16, 16), (16, 16, 16, 16)],
+)
 @pytest.mark.parametrize("chunks", [1, 2])
-def test_tiles_slots_and_chunks(device, states, slots, chunks):
-    config = LaunchConfig(steps=16, channels=16, slots=slots, chunks=chunks, registers=255)
+def test_tiles_slots_and_chunks(device, states, slots, steps, channels, chunks):
+    config = LaunchConfig(steps=steps, channels=channels, slots=slots, chunks=chunks, registers=255)
     expected = outputs_and_gradients(directional_scan_ref, _arguments(states, torch.float64, "cpu"))
     with use_backend("triton"), forced(config):
         results = outputs_and_gradients(directional_scan, _arguments(states, torch.float32, device))
