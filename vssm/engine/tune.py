@@ -14,11 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 from vssm.engine.benchmark_op import OpSetting, measure_kernels, phase_calls, relative_error, side_stream
+from vssm.engine.compile_ahead import compilers
 from vssm.engine.op_shapes import OpShape
 from vssm.engine.op_subjects import Subject, subjects
 from vssm.engine.records import environment
 from vssm.files import atomic_path
 from vssm_kernels import launch_table, use_backend
+from vssm_kernels.launch_table import LaunchConfig
 from vssm_kernels.scan_call import ScanCall
 
 _logger = logging.getLogger(__name__)
@@ -30,6 +32,7 @@ class _Job(NamedTuple):
     """One pass of one call: what to run, and how records call it."""
 
     key: str
+    shape: OpShape
     call: Callable[[], Sequence[Tensor]]
     facts: dict[str, Any]
 
@@ -41,6 +44,7 @@ def tune(
     dtypes: Sequence[torch.dtype],
     path: Path | None = None,
     force: bool = False,
+    processes: int | None = None,
 ) -> list[dict]:
     """Times every candidate configuration of both passes of both public functions, and writes the fastest.
 
@@ -54,6 +58,7 @@ def tune(
         dtypes: Of the inputs.
         path: The table; the one that the kernels read when not given.
         force: Search again what the table already holds for this device and version.
+        processes: How many compile candidates ahead of timing; chosen by cores and the GPU's memory when not given.
 
     Returns:
         One record per shape, dtype, function and pass: ``op``, the sizes, ``dtype``, ``phase``, ``key``; unless it was
@@ -67,12 +72,15 @@ def tune(
     surroundings = environment(setting.device)
     device_name, version = str(surroundings["device_name"]), surroundings["vssm"]
     records = []
-    with side_stream(setting.device):
+    with compilers(setting.device, processes) as ahead, side_stream(setting.device):
         bar = tqdm(total=4 * len(shapes) * len(dtypes), desc="tuning", disable=not sys.stderr.isatty())
         for job, expected in _jobs(shapes, setting.device, dtypes):
             held = read_table(path).get(device_name, {}).get(job.key)
             if force or held is None or held.get("version") != version:
-                found = _search(job, setting, expected)
+                dtype = getattr(torch, job.facts["dtype"])
+                configs = launch_table.candidates(job.key)
+                ahead.compile(job.shape, op=job.facts["op"], phase=job.facts["phase"], dtype=dtype, configs=configs)
+                found = _search(job, configs, setting, expected)
                 if found["config"] is not None:
                     _write_entry(path, device_name, job.key, found["config"] | {"ms": found["ms"], "version": version})
             else:
@@ -120,7 +128,7 @@ def _jobs(
                 for phase in _PHASES:
                     key = launch_table.key(scan_call, backward=phase == "backward")
                     facts = {"op": subject.name, **shape._asdict(), "dtype": str(dtype).removeprefix("torch.")}
-                    yield _Job(key, calls[phase], facts | {"phase": phase, "key": key}), _by_torch(calls[phase])
+                    yield _Job(key, shape, calls[phase], facts | {"phase": phase, "key": key}), _by_torch(calls[phase])
 
 
 def _by_torch(call: Callable[[], Sequence[Tensor]]) -> Callable[[], Sequence[Tensor]]:
@@ -131,9 +139,11 @@ def _by_torch(call: Callable[[], Sequence[Tensor]]) -> Callable[[], Sequence[Ten
     return expected
 
 
-def _search(job: _Job, setting: OpSetting, expected: Callable[[], Sequence[Tensor]]) -> dict[str, Any]:
+def _search(
+    job: _Job, candidates: Sequence[LaunchConfig], setting: OpSetting, expected: Callable[[], Sequence[Tensor]]
+) -> dict[str, Any]:
     """The fastest of the candidates, and how many there were."""
-    candidates, right = launch_table.candidates(job.key), expected()
+    right = expected()
     before = measure_kernels(job.call, setting)[0]["median"]
     times: dict[int, float] = {}
     failed = refused = 0
