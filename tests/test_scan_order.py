@@ -4,7 +4,17 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from vssm.scan_order import BUILDERS, gather, restrict, scan_moves, scan_order, scatter
+from vssm.scan_order import (
+    BUILDERS,
+    check_local_directions,
+    gather,
+    local_order,
+    local_sequences,
+    restrict,
+    scan_moves,
+    scan_order,
+    scatter,
+)
 
 GRIDS = [(1, 1), (1, 7), (7, 1), (2, 2), (4, 5), (5, 5), (7, 7)]
 EVEN_GRIDS = [(2, 2), (2, 6), (8, 2), (4, 6), (6, 4)]
@@ -98,6 +108,68 @@ def test_moves_equal_those_of_the_written_out_walk(name, grid):
         for (y0, x0), (y1, x1), move in zip(walk, walk[1:], row[1:], strict=False):
             along_row = (x1 > x0) - (x1 < x0)
             assert move == numbers[0 if along_row else y1 - y0, along_row]
+
+
+LOCAL_DIRECTIONS = ("h", "h_flip", "v", "v_flip", "w2", "w2_flip", "w3", "w7_flip")
+
+
+def local_walk(direction, height, width):
+    """Cells of the grid padded at the right and bottom to whole windows, padding included."""
+    name, _, flip = direction.partition("_")
+    walk = {"h": walk_rows, "v": walk_columns}.get(name)
+    if walk is None:
+        window = int(name[1:])
+        height, width = (-(-side // window) * window for side in (height, width))
+        cells = walk_windows(height, width, window)
+    else:
+        cells = walk(height, width)
+    return cells[::-1] if flip else cells
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_local_order_counts_the_padding_before_each_step(grid):
+    height, width = grid
+    order, gap = local_order(LOCAL_DIRECTIONS, height, width)
+    assert order.dtype == gap.dtype == torch.int32
+    assert local_order(LOCAL_DIRECTIONS, height, width)[0] is order
+    for direction, tokens, gaps in zip(LOCAL_DIRECTIONS, order.tolist(), gap.tolist(), strict=True):
+        expected, skipped = [], 0
+        for y, x in local_walk(direction, height, width):
+            if y < height and x < width:
+                expected.append((y * width + x, skipped))
+                skipped = 0
+            else:
+                skipped += 1
+        assert list(zip(tokens, gaps, strict=True)) == expected
+
+
+@pytest.mark.parametrize("class_token", [False, True])
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_local_sequences_hold_the_padding_and_the_class_token(grid, class_token):
+    height, width = grid
+    tokens, middle = height * width + class_token, height * width // 2
+    order, place = local_sequences(LOCAL_DIRECTIONS, height, width, class_token)
+    assert order.dtype == place.dtype == torch.int32
+    longest = 0
+    for direction, sequence, steps in zip(LOCAL_DIRECTIONS, order.tolist(), place.tolist(), strict=True):
+        expected = []
+        for y, x in local_walk(direction, height, width):
+            number = y * width + x
+            inside = y < height and x < width
+            expected.append(number + (class_token and number >= middle) if inside else tokens)
+        if class_token:
+            expected.insert(middle, middle)
+        longest = max(longest, len(expected))
+        assert sequence == expected + [tokens] * (len(sequence) - len(expected))
+        assert [sequence[step] for step in steps] == list(range(tokens))
+    assert order.shape == (8, longest)
+
+
+def test_unknown_local_directions_are_named():
+    check_local_directions(LOCAL_DIRECTIONS)
+    for wrong in ("w0", "hflip", "v_flip_flip", "w", "x"):
+        with pytest.raises(ValueError, match=f"scan_order: unknown direction '{wrong}', expected 'h', 'v' or a window"):
+            check_local_directions(("h", wrong))
 
 
 def test_every_builder_has_a_walk_to_compare_with():

@@ -7,10 +7,12 @@ order (row by row). A new way to walk an image is one function of the grid of to
 import difflib
 import functools
 import os
-from collections.abc import Callable, Hashable
+import re
+from collections.abc import Callable, Hashable, Sequence
 from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _Table = TypeVar("_Table")
@@ -23,7 +25,7 @@ def cached(build: Callable[..., _Table]) -> Callable[..., _Table]:
     tensors nothing is kept.
     """
 
-    @functools.lru_cache(maxsize=64)
+    @functools.lru_cache(maxsize=128)
     def build_once(*arguments: Hashable, device: torch.device) -> _Table:
         with torch.inference_mode(False):  # a table made in inference mode could not be saved for backward later
             return build(*arguments, device=device)
@@ -169,6 +171,100 @@ def scan_moves(name: str, height: int, width: int, *, device: torch.device | str
     right, down = (order % width).diff(), (order // width).diff()
     moves = torch.where(right > 0, 1, torch.where(right < 0, 2, torch.where(down < 0, 3, 4)))
     return torch.cat([torch.zeros_like(order[:, :1]), moves.to(torch.int32)], dim=1)
+
+
+@cached
+def local_order(
+    directions: Sequence[str], height: int, width: int, *, device: torch.device | str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Returns the orders of LocalMamba's directions, without the cells that pad a grid to whole windows.
+
+    Args:
+        directions: Of ``"h"`` for rows, ``"v"`` for columns, ``"w2"`` for windows of 2×2 tokens (or of another side),
+            row by row and each row by row within, and these with ``"_flip"``, reversed; padding is at the right and
+            bottom.
+        height: Rows of the grid, at least 1.
+        width: Columns of the grid, at least 1.
+        device: Device of the tables; ``None`` is torch's default device.
+
+    Returns:
+        Order and gap, (k, height·width), int32: the token at each step, and the number of padding cells just before it.
+        The tables are cached and shared: do not write into them.
+    """
+    tokens = height * width
+    walks = [_local_walk(direction, height, width, device) for direction in directions]
+    steps = [(walk == tokens).byte().argsort(stable=True)[:tokens] for walk in walks]
+    order = torch.stack([walk[each] for walk, each in zip(walks, steps, strict=True)])
+    gap = torch.stack([each.diff(prepend=each.new_full((1,), -1)) - 1 for each in steps])
+    return order, gap.to(torch.int32)
+
+
+@cached
+def local_sequences(
+    directions: Sequence[str],
+    height: int,
+    width: int,
+    class_token: bool = False,
+    *,
+    device: torch.device | str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Returns LocalMamba's directions as sequences that hold the padding cells, all as long as the longest.
+
+    Args:
+        directions: As of `local_order`.
+        height: Rows of the grid, at least 1.
+        width: Columns of the grid, at least 1.
+        class_token: Whether a class token, in the middle of the tokens, has the same place in every sequence.
+        device: Device of the tables; ``None`` is torch's default device.
+
+    Returns:
+        Order (k, t), int32, of l tokens and of number l, which stands for a padding cell; and place (k, l), int32, the
+        step at which a direction visits each token. The tables are cached and shared: do not write into them.
+    """
+    patches, middle = height * width, height * width // 2
+    tokens = patches + class_token
+    walks = [_local_walk(direction, height, width, device) for direction in directions]
+    if class_token:
+        token = walks[0].new_full((1,), middle)
+        walks = [walk + (walk >= middle) for walk in walks]  # which makes the number of padding cells one more, too
+        walks = [torch.cat([walk[:middle], token, walk[middle:]]) for walk in walks]
+    longest = max(walk.shape[0] for walk in walks)
+    # Padded by 0 below a shift, for a compiled graph would keep the value of another one.
+    order = torch.stack([F.pad(walk - tokens, (0, longest - walk.shape[0])) for walk in walks]) + tokens
+    steps = torch.arange(longest, dtype=torch.int32, device=device).expand_as(order)
+    place = order.new_zeros(len(walks), tokens + 1).scatter(1, order.long(), steps)
+    return order, place[:, :tokens]
+
+
+def _local_walk(direction: str, height: int, width: int, device: torch.device | str | None) -> Tensor:
+    """Token numbers in the order of one direction, with number height·width for padding cells, (t,)."""
+    name, _, flip = direction.partition("_")
+    if name == "h":
+        walk = torch.arange(height * width, dtype=torch.int32, device=device)
+    elif name == "v":
+        walk = torch.arange(height * width, dtype=torch.int32, device=device).view(height, width).T.flatten()
+    else:
+        walk = _padded_windows(int(name[1:]), height, width, device)
+    return walk.flip(0) if flip else walk
+
+
+def _padded_windows(window: int, height: int, width: int, device: torch.device | str | None) -> Tensor:
+    vertical, horizontal = ((side + window - 1) // window for side in (height, width))  # numbers of windows
+    step = torch.arange(vertical * horizontal * window**2, dtype=torch.int32, device=device)
+    number, within = step // window**2, step % window**2
+    y = number // horizontal * window + within // window
+    x = number % horizontal * window + within % window
+    return torch.where((y < height) & (x < width), y * width + x, height * width)
+
+
+def check_local_directions(directions: Sequence[str]) -> None:
+    """Raises ValueError if one of the directions is none of those that `local_order` knows."""
+    for direction in directions:
+        if not re.fullmatch(r"(h|v|w[1-9]\d*)(_flip)?", direction):
+            raise ValueError(
+                f"scan_order: unknown direction {direction!r}, expected 'h', 'v' or a window such as 'w7', or one of "
+                "them with '_flip'"
+            )
 
 
 def _check_arguments(name: str, height: int, width: int, window: int | None) -> None:

@@ -13,6 +13,10 @@ RECORDS = {
     "vim/vim_tiny_stride8": ("vim_tiny_patch16_stride8_224", {}),
     "plain_mamba/plain_mamba_l1": ("plainmamba_l1", {}),
     "plain_mamba/plain_mamba_l1@160x256": ("plainmamba_l1", {"dynamic_img_size": True}),
+    "local_mamba/local_vim_tiny": ("localvim_tiny", {}),
+    "local_mamba/local_vim_tiny@160x256": ("localvim_tiny", {"dynamic_img_size": True}),
+    "local_mamba/local_vim_tiny@256x256": ("localvim_tiny", {"dynamic_img_size": True}),
+    "local_mamba/local_vim_tiny_middle_cls_token": ("localvim_tiny", {"class_token": True, "global_pool": "token"}),
 }
 
 # Models of several stages.
@@ -34,6 +38,8 @@ GRID_RECORDS = {
     "efficient_vmamba/efficient_vmamba_tiny": "efficientvmamba_tiny",
     "efficient_vmamba/efficient_vmamba_tiny@160x256": "efficientvmamba_tiny",
     "efficient_vmamba/efficient_vmamba_tiny@200x136": "efficientvmamba_tiny",
+    "local_mamba/local_vssm_tiny": "localvmamba_tiny",
+    "local_mamba/local_vssm_tiny@160x256": "localvmamba_tiny",
 }
 # Their official backbones of detectors, which have a norm of their own, outnorm{i}, after each stage.
 GRID_BACKBONE_RECORDS = {
@@ -76,7 +82,8 @@ def test_classifier_of_stages_computes_the_official_outputs(name, device):
 
     with torch.no_grad():
         features, maps = model.forward_intermediates(images)
-        record.check("stem", model.stem(images).permute(0, 3, 1, 2))
+        if "stem_mean" in record.arrays:
+            record.check("stem", model.stem(images).permute(0, 3, 1, 2))
         record.check("logits", model.forward_head(features))
     for stage, each in enumerate(maps):
         record.check(f"stage{stage}", each)
@@ -91,6 +98,7 @@ def test_classifier_of_stages_computes_the_official_outputs(name, device):
         "msvmamba/msvmamba_nano",
         "msvmamba/msvmambav3_tiny@160x256",
         "efficient_vmamba/efficient_vmamba_tiny@200x136",
+        "local_mamba/local_vim_tiny",
     ],
 )
 def test_classifier_under_autocast(name, device):
@@ -173,3 +181,25 @@ def test_segmentation_backbone_of_plainmamba(device):
         maps = model.forward_intermediates(images, indices=blocks, intermediates_only=True)
         for level, (norm, each) in enumerate(zip([*norms.values(), model.norm], maps, strict=True)):
             record.check(f"stage{level}", norm(each.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+
+
+def test_dense_backbone_of_localvim(device):
+    """The official one has layer norms, and gives what the mixers add, through norms of its own."""
+    record = records.load("local_mamba/local_vim_tiny_backbone@256x256")
+    model = vssm.create_model("localvim_tiny", dynamic_img_size=True, num_classes=0, norm_layer=nn.LayerNorm).eval()
+    model.norm = nn.Identity()
+    norms = nn.ModuleDict({f"outnorm_{level}": nn.LayerNorm(model.embed_dim) for level in range(4)})
+    norms.load_state_dict({key: value for key, value in record.state_dict.items() if key.startswith("outnorm")})
+    backbone = {key: value for key, value in record.state_dict.items() if not key.startswith("outnorm")}
+    vssm.checkpoint.load(model, backbone)
+    assert sum(parameter.numel() for part in (model, norms) for parameter in part.parameters()) == record.num_params
+    model, norms = model.to(device), norms.to(device)
+
+    outputs = []
+    for block in (4, 9, 14, 19):
+        model.blocks[block].mixer.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    with torch.no_grad():
+        model(record.images.to(device))
+        for level, tokens in enumerate(outputs):
+            patches = norms[f"outnorm_{level}"](tokens).unflatten(1, (16, 16)).permute(0, 3, 1, 2)
+            record.check(f"stage{level}", patches)

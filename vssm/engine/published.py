@@ -23,6 +23,7 @@ _VIM_FLOPS = f"{_VIM}; FLOPs after the README of LocalMamba, arXiv:2403.09338"
 _PLAINMAMBA = "Yang et al., 2024, arXiv:2403.17695; parameters without the classifier"
 _MSVMAMBA = "README of YuHengsss/MSVMamba; Shi et al., 2024, arXiv:2405.14174"
 _EFFICIENTVMAMBA = "README of TerryPei/EfficientVMamba; Pei et al., 2024, arXiv:2403.09977"
+_LOCALMAMBA = "Huang et al., 2024, arXiv:2403.09338"
 
 PUBLISHED = {
     "efficientvmamba_tiny": Published(6, 0.8, _EFFICIENTVMAMBA),
@@ -33,6 +34,11 @@ PUBLISHED = {
     "msvmamba_tiny": Published(33, 4.6, _MSVMAMBA),
     "msvmamba_tiny_v3": Published(32, 5.1, _MSVMAMBA),
     "msvmamba_small_v3": Published(50, 8.8, _MSVMAMBA),
+    "localvim_tiny": Published(8, 1.5, _LOCALMAMBA),
+    "localvim_tiny_class_token": Published(8, 1.5, _LOCALMAMBA),
+    "localvim_small": Published(28, 4.8, _LOCALMAMBA),
+    "localvmamba_tiny": Published(26, 5.7, _LOCALMAMBA),
+    "localvmamba_small": Published(50, 11.4, _LOCALMAMBA),
     "plainmamba_l1": Published(7.3, 3.0, _PLAINMAMBA),
     "plainmamba_l2": Published(25.7, 8.1, _PLAINMAMBA),
     "plainmamba_l3": Published(50.5, 14.4, _PLAINMAMBA),

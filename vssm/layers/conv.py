@@ -66,5 +66,18 @@ class CausalTokenConv(nn.Module):
         nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Convolves tokens (b, l, d), the same for every direction; returns (b, l, k, d) in token order."""
-        return causal_conv(x, self.weight, self.bias, reverse=self.reverse, activation=self.activation)
+        """Convolves tokens (b, l, d), the same for every direction, or (b, l, k, d), a sequence for each.
+
+        Returns:
+            (b, l, k, d) in token order.
+
+        Raises:
+            ValueError: If there is a sequence for each direction, and one of them is read backwards.
+        """
+        if x.ndim == 3:
+            return causal_conv(x, self.weight, self.bias, reverse=self.reverse, activation=self.activation)
+        if any(self.reverse):
+            raise ValueError("CausalTokenConv: sequences (b, l, k, d) are read forwards, got a reversed direction")
+        weight, bias = self.weight.flatten(0, 1)[None], self.bias.flatten()[None]  # one direction of k·d channels
+        y = causal_conv(x.flatten(2), weight, bias, reverse=(False,), activation=self.activation)
+        return y.unflatten(3, self.bias.shape).squeeze(2)

@@ -1,8 +1,10 @@
 """Stems: from images to the first token map."""
 
+import math
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -76,6 +78,30 @@ class PatchStem(TokenStem):
         """Embeds images (b, in_chans, H, W) as a map (b, h, w, embed_dim)."""
         self.grid_size(x.shape[2], x.shape[3])
         return self.norm(self.proj(x).permute(0, 2, 3, 1))
+
+
+class PaddedPatchStem(PatchStem):
+    """Embeds square patches of an image that is zero-padded at the right and bottom to whole patches.
+
+    An image of size s gives ceil(s/patch_size) patches along each axis.
+
+    Args:
+        in_chans: Channels of the images.
+        embed_dim: Channels of the tokens.
+        patch_size: Side of a patch in pixels.
+    """
+
+    def __init__(self, in_chans: int, embed_dim: int, *, patch_size: int) -> None:
+        super().__init__(in_chans, embed_dim, patch_size=patch_size)
+
+    def grid_size(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of patches of an image whose sides are given in pixels."""
+        return math.ceil(height / self.patch_size), math.ceil(width / self.patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Embeds images (b, in_chans, H, W) as a map (b, h, w, embed_dim)."""
+        most = self.patch_size - 1  # more than makes whole patches is left out by the stride
+        return super().forward(F.pad(x, (0, most, 0, most)))
 
 
 class ConvStem(nn.Module):

@@ -1,5 +1,7 @@
 """The families; importing this package registers their models in timm."""
 
-from vssm.models import efficientvmamba, msvmamba, plainmamba, vim, vmamba
+from vssm.models import efficientvmamba, localmamba, msvmamba, plainmamba, vim, vmamba
 
-FAMILIES = tuple(module.__name__.rpartition(".")[2] for module in (vim, vmamba, plainmamba, msvmamba, efficientvmamba))
+FAMILIES = tuple(
+    module.__name__.rpartition(".")[2] for module in (vim, vmamba, plainmamba, localmamba, msvmamba, efficientvmamba)
+)

@@ -4,8 +4,9 @@
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import torch
 from timm.models.swin_transformer import PatchMerging
 from torch import Tensor
 
@@ -71,6 +72,22 @@ def rename(state_dict: Mapping[str, Tensor], patterns: Mapping[str, str], *, fam
             "official model of this family"
         )
     return renamed
+
+
+def join_directions(part: str, tensors: Sequence[Tensor]) -> Tensor:
+    """One tensor of what is one for each direction in the official models of sequences.
+
+    Args:
+        part: Our name of it below the mixer.
+        tensors: Those of the directions, in their order.
+
+    Returns:
+        (k, ...), but (k·rows, d) for the one linear layer that projects for all directions.
+    """
+    if part == "ssm.x_proj.weight":
+        return torch.cat(list(tensors))
+    stacked = torch.stack(list(tensors))
+    return stacked.squeeze(2) if part == "conv.weight" else stacked  # (k, d, 1, w) -> (k, d, w)
 
 
 def convert(

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from vssm.layers.block import MixerBlock
 from vssm.layers.conv import TokenConv
-from vssm.layers.init import init_linear_layers
+from vssm.layers.init import init_linear_layers, init_ssm_as_linear
 from vssm.layers.ssm import SelectiveSSM
 from vssm.layers.stem import TokenStem
 from vssm.models import _official_keys
@@ -249,11 +249,7 @@ class PlainMamba(TokenBackbone):
     def _init_weights(self) -> None:
         """The official initialisation, where it is not that of the layers themselves; steps start at softplus(0)."""
         init_linear_layers(self)
-        for module in self.modules():
-            if isinstance(module, SnakeSSM):
-                trunc_normal_(module.x_proj.weight, std=0.02)
-                trunc_normal_(module.dt_weight, std=0.02)
-                module.dt_bias.zero_()
+        init_ssm_as_linear(self)
         if self.num_classes:
             self.head.get_parameter("weight").normal_(std=0.01)
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from vssm.layers.conv import CausalTokenConv
 from vssm.layers.ssm import SelectiveSSM
 from vssm.layers.stem import PatchStem
+from vssm.models import _official_keys
 from vssm.models._base import TokenBackbone
 from vssm.models._builder import build_backbone, imagenet_cfg, quarters
 from vssm.scan_order import scan_order
@@ -235,21 +236,13 @@ def _convert(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
             if pair[0] is None or pair[1] is None:
                 missing = names[0] if pair[0] is None else names[1]
                 raise ValueError(f"vim: the checkpoint has no {theirs}mixer.{missing}, expected two scan directions")
-            ours[f"{block}mixer.{part}"] = _join(part, pair[0], pair[1])
+            ours[f"{block}mixer.{part}"] = _official_keys.join_directions(part, [pair[0], pair[1]])
     if left:
         raise ValueError(
             f"vim: unknown key {next(iter(left))!r} in the checkpoint ({len(left)} in all), expected those of an "
             "official Vim with its class token in the middle, such as 'layers.0.mixer.in_proj.weight'"
         )
     return ours
-
-
-def _join(part: str, forward: Tensor, backward: Tensor) -> Tensor:
-    """One tensor for both directions: (k, ...), but (k·rows, d) for the one linear layer that projects for both."""
-    if part == "ssm.x_proj.weight":
-        return torch.cat([forward, backward])
-    pair = torch.stack([forward, backward])
-    return pair.squeeze(2) if part == "conv.weight" else pair  # (k, d, 1, w) -> (k, d, w)
 
 
 def _create_vim(variant: str, pretrained: bool = False, **kwargs: Any) -> Vim:
