@@ -40,6 +40,13 @@ GRID_RECORDS = {
     "local_mamba/local_vssm_tiny": "localvmamba_tiny",
     "local_mamba/local_vssm_tiny@160x256": "localvmamba_tiny",
 }
+# Models whose records count stages from 1: all that is recorded.
+STAGE_RECORDS = {
+    "group_mamba/groupmamba_tiny": "groupmamba_tiny",
+    "group_mamba/groupmamba_tiny@160x256": "groupmamba_tiny",
+    "mamba_vision/mamba_vision_T": "mambavision_tiny",
+    "mamba_vision/mamba_vision_T@160x256": "mambavision_tiny",
+}
 
 
 @pytest.mark.parametrize("name", RECORDS)
@@ -82,6 +89,37 @@ def test_classifier_of_stages_computes_the_official_outputs(name, device):
         record.check(f"stage{stage}", each)
 
 
+@pytest.mark.parametrize("name", STAGE_RECORDS)
+def test_classifier_of_numbered_stages_computes_the_official_outputs(name, device):
+    record = records.load(name)
+    model = vssm.create_model(STAGE_RECORDS[name]).eval()
+    assert sum(parameter.numel() for parameter in model.parameters()) == record.num_params
+    vssm.checkpoint.load(model, record.state_dict)
+    model, images = model.to(device), record.images.to(device)
+
+    with torch.no_grad():
+        features, maps = model.forward_intermediates(images)
+        (normed,) = model.forward_intermediates(images, indices=1, norm=True, intermediates_only=True)
+        record.check("logits", model.forward_head(features))
+    for stage, each in enumerate(maps, start=1):
+        record.check(f"stage{stage}", each)
+    record.check("stage4_norm", normed)
+
+
+def test_classifiers_of_groupmamba_compute_the_official_outputs(device):
+    record = records.load("group_mamba/groupmamba_tiny@160x256")
+    model = vssm.create_model("groupmamba_tiny").eval()
+    vssm.checkpoint.load(model, record.state_dict)
+    features = model.to(device).forward_features(record.images.to(device))
+    model.head.train()
+    model.set_distilled_training()
+    with torch.no_grad():
+        record.check("pooled", model.forward_head(features, pre_logits=True))
+        logits, distilled = model.forward_head(features)
+    record.check("head_logits", logits)
+    record.check("dist_logits", distilled)
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -92,11 +130,12 @@ def test_classifier_of_stages_computes_the_official_outputs(name, device):
         "msvmamba/msvmambav3_tiny@160x256",
         "efficient_vmamba/efficient_vmamba_tiny@200x136",
         "local_mamba/local_vim_tiny",
+        "mamba_vision/mamba_vision_T",
     ],
 )
 def test_classifier_under_autocast(name, device):
     record = records.load(name)
-    model_name, arguments = RECORDS[name] if name in RECORDS else (GRID_RECORDS[name], {})
+    model_name, arguments = RECORDS[name] if name in RECORDS else ((GRID_RECORDS | STAGE_RECORDS)[name], {})
     model = vssm.create_model(model_name, **arguments).eval()
     vssm.checkpoint.load(model, record.state_dict)
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):

@@ -59,22 +59,29 @@ class _Backbone(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks of one resolution: downsamples a map, then runs its blocks on the map's tokens.
+    """Blocks of one resolution: downsamples a map, runs its blocks on the map's tokens, and norms these.
 
     Args:
         blocks: Modules that map tokens (b, l, c) and the grid ``size`` = (h, w) to tokens (b, l, c).
         downsample: Maps (b, h, w, c) to a map of this stage's resolution and channels.
+        norm: Norm of the stage's result; none when not given.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], *, downsample: nn.Module | None = None) -> None:
+    def __init__(
+        self, blocks: Sequence[nn.Module], *, downsample: nn.Module | None = None, norm: nn.Module | None = None
+    ) -> None:
         super().__init__()
         self.downsample = downsample or nn.Identity()
         self.blocks = nn.ModuleList(blocks)
+        self.norm = norm or nn.Identity()
         self.grad_checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (b, h, w, c) to (b, h', w', c')."""
-        x = self.downsample(x)
+        return self.norm(self.run_blocks(self.downsample(x)))
+
+    def run_blocks(self, x: Tensor) -> Tensor:
+        """Maps (b, h, w, c) to a map of the same shape."""
         size = (x.shape[1], x.shape[2])
         tokens = x.flatten(1, 2)
         for block in self.blocks:
@@ -237,7 +244,11 @@ class GridBackbone(_Backbone):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns that put every parameter into the group of its block, or of its stage if ``coarse``."""
-        blocks = [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None)]
+        blocks = [
+            (r"^stages\.(\d+)\.downsample", (0,)),
+            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+            (r"^stages\.(\d+)\.norm", (99999,)),
+        ]
         stages = [(r"^stages\.(\d+)", None)]
         return {"stem": r"^stem", "blocks": [*(stages if coarse else blocks), (r"^norm", (99999,))]}
 

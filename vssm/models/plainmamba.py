@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from vssm.layers.block import MixerBlock
 from vssm.layers.conv import TokenConv
 from vssm.layers.init import init_linear_layers, init_ssm_as_linear
-from vssm.layers.ssm import SelectiveSSM
+from vssm.layers.ssm import TwiceBiasedSSM
 from vssm.layers.stem import TokenStem
 from vssm.models import _official_keys
 from vssm.models._base import TokenBackbone
@@ -69,7 +69,7 @@ class PlainMambaStem(TokenStem):
         return self.proj(x).permute(0, 2, 3, 1)
 
 
-class SnakeSSM(SelectiveSSM):
+class SnakeSSM(TwiceBiasedSSM):
     """State-space model that scans tokens in several directions with one parameter set, and knows their moves.
 
     At step s of a direction it computes h_s = exp(step_s·A)·h_{s−1} + step_s·(B_s + move_B[m])·x, y = C_s·h_s + D·x
@@ -114,11 +114,6 @@ class SnakeSSM(SelectiveSSM):
             params="step",
         )
         return cast(Tensor, y)  # the last state, a second result, is not asked for
-
-    @property
-    def step_bias(self) -> Tensor:
-        """Twice the bias: in the official code the layer that forms the step adds it, and the scan once more."""
-        return 2 * self.dt_bias
 
 
 class PlainMambaMixer(nn.Module):
