@@ -298,8 +298,8 @@ def test_command_measures_models_at_several_sizes(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "expected either models or --op, got neither"),
-        (["test_vim", "--op"], "expected either models or --op, got both"),
+        ([], "expected models, --op or --loader DATA, got none of them"),
+        (["test_vim", "--op"], "expected models, --op or --loader DATA, got models and --op"),
         (["--op", "--shapes", "1,2,3"], f"argument --shapes: expected {', '.join(NAMED_SHAPES)}, a .json file or"),
         (["--op", "--shapes", "1,2,0,3"], f"argument --shapes: expected {', '.join(NAMED_SHAPES)}, a .json file or"),
         (["--op", "--against", "loop,mamba"], "argument --against: expected some of loop, torch, mamba_ssm, official"),
