@@ -1,8 +1,9 @@
 """Batches for training and evaluation, on timm's transforms; files that cannot be read are left out and counted."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,8 +16,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, get_worker_info
 
 from vssm.data.images import LabelledImages, UnreadableImage
+from vssm.data.pixels import Erased, Normalise, Pixels, PixelTransform, collate_pixels
+from vssm.data.policies import allow_no_bits
 
 _logger = logging.getLogger(__name__)
+_CPU = torch.device("cpu")
 _TOLERATED = 0.01  # share of unreadable files that an epoch may have
 
 
@@ -48,6 +52,12 @@ class InputConfig:
         size = (options.pop("channels"), options.pop("height"), options.pop("width"))
         return create_transform(size, is_training=False, **options)
 
+    def pixel_transform(self) -> PixelTransform:
+        """The same without the normalisation, which loaders leave to the device."""
+        options = asdict(self)
+        size = (options.pop("channels"), options.pop("height"), options.pop("width"))
+        return PixelTransform(create_transform(size, is_training=False, use_prefetcher=True, **options))
+
 
 @dataclass(frozen=True)
 class Augmentation:
@@ -71,8 +81,8 @@ class Augmentation:
     interpolation: str = "random"
     repeats: int = 1
 
-    def transform(self, config: InputConfig) -> Any:
-        """The transform of training: an image to a tensor (channels, height, width).
+    def transform(self, config: InputConfig) -> PixelTransform:
+        """The transform of training, without the normalisation, which loaders leave to the device.
 
         Raises:
             ValueError: timm does not know the policy.
@@ -82,8 +92,8 @@ class Augmentation:
         except AssertionError as error:  # with which timm refuses policies
             raise ValueError(f"--aa {self.aa}: {error}; expected a policy such as rand-m9-mstd0.5-inc1") from error
 
-    def _transform(self, config: InputConfig) -> Any:
-        return create_transform(
+    def _transform(self, config: InputConfig) -> PixelTransform:
+        transform = create_transform(
             (config.channels, config.height, config.width),
             is_training=True,
             scale=self.scale,
@@ -92,17 +102,20 @@ class Augmentation:
             auto_augment=self.aa or None,
             interpolation=self.interpolation,
             mean=config.mean,
-            std=config.std,
-            re_prob=self.reprob,
-            re_mode="pixel",
+            use_prefetcher=True,  # which is to say: without normalisation and erasing
         )
+        allow_no_bits(transform)
+        return PixelTransform(transform, reprob=self.reprob)
+
+
+_Item = tuple[Pixels, int, int] | str  # pixels, target and place of an image, or why there are none
 
 
 class Batch(NamedTuple):
     """What a loader yields.
 
     Args:
-        images: (b, c, h, w).
+        images: Normalised (b, c, h, w).
         targets: Class indices (b,).
         indices: Places of the images in the data set (b,).
         unreadable: Why files were left out, one message each.
@@ -115,9 +128,9 @@ class Batch(NamedTuple):
 
 
 class _Transformed(Dataset):
-    """Tensors of images, or the reason why there is none."""
+    """Pixels of images, or the reason why there are none."""
 
-    def __init__(self, images: LabelledImages, *, channels: int, transform: Any) -> None:
+    def __init__(self, images: LabelledImages, *, channels: int, transform: PixelTransform) -> None:
         self.images = images
         self.channels = channels
         self.transform = transform
@@ -125,7 +138,7 @@ class _Transformed(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int, int] | str:
+    def __getitem__(self, index: int) -> _Item:
         try:
             image: Image.Image = self.images.load(index, channels=self.channels)
         except UnreadableImage as error:
@@ -141,6 +154,7 @@ def train_loader(
     batch_size: int,
     workers: int = 0,
     pin_memory: bool = False,
+    device: torch.device = _CPU,
 ) -> DataLoader:
     """Batches in a random order, which ``loader.sampler.set_epoch(n)`` chooses; the rest of an epoch is dropped.
 
@@ -151,6 +165,7 @@ def train_loader(
         batch_size: Images per batch; all of them when there are fewer.
         workers: Processes that read images; 0 to read in this one.
         pin_memory: Put batches where a GPU can fetch them.
+        device: Where batches are normalised, and then are.
 
     Returns:
         A loader of `Batch`.
@@ -161,28 +176,36 @@ def train_loader(
         if augmentation.repeats > 1
         else DistributedSampler(dataset, num_replicas=1, rank=0)
     )
-    return DataLoader(
+    return _Loader(
         dataset,
+        config=config,
+        device=device,
         batch_size=min(batch_size, len(sampler)),
         sampler=sampler,
         drop_last=True,
         num_workers=workers,
         pin_memory=pin_memory,
-        collate_fn=_collate,
         worker_init_fn=_seed_numpy,
     )
 
 
 def eval_loader(
-    images: LabelledImages, config: InputConfig, *, batch_size: int, workers: int = 0, pin_memory: bool = False
+    images: LabelledImages,
+    config: InputConfig,
+    *,
+    batch_size: int,
+    workers: int = 0,
+    pin_memory: bool = False,
+    device: torch.device = _CPU,
 ) -> DataLoader:
     """Batches of all images in their order, without random changes; arguments as in `train_loader`."""
-    return DataLoader(
-        _Transformed(images, channels=config.channels, transform=config.transform()),
+    return _Loader(
+        _Transformed(images, channels=config.channels, transform=config.pixel_transform()),
+        config=config,
+        device=device,
         batch_size=batch_size,
         num_workers=workers,
         pin_memory=pin_memory,
-        collate_fn=_collate,
     )
 
 
@@ -224,13 +247,43 @@ class ReadingCheck:
             )
 
 
-def _collate(items: Sequence[tuple[Tensor, int, int] | str]) -> Batch:
+class _RawBatch(NamedTuple):
+    """A batch before its normalisation."""
+
+    values: Tensor
+    erased: list[Erased]
+    targets: Tensor
+    indices: Tensor
+    unreadable: list[str]
+
+
+class _Loader(DataLoader):
+    """A loader of `Batch` that normalises where the model computes.
+
+    Args:
+        dataset: Of `_Item`.
+        config: Input of the model.
+        device: Where to normalise.
+        options: Of `DataLoader`.
+    """
+
+    def __init__(self, dataset: Dataset, *, config: InputConfig, device: torch.device, **options: Any) -> None:
+        shape = (config.channels, config.height, config.width)
+        super().__init__(dataset, collate_fn=partial(_collate, shape=shape), **options)
+        self._normalise = Normalise(config.mean, config.std, device=device)
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  DataLoader names its own class
+        for raw in super().__iter__():
+            yield Batch(self._normalise(raw.values, raw.erased), raw.targets, raw.indices, raw.unreadable)
+
+
+def _collate(items: Sequence[_Item], *, shape: tuple[int, int, int]) -> _RawBatch:
     readable = [item for item in items if not isinstance(item, str)]
     unreadable = [item for item in items if isinstance(item, str)]
-    images = torch.stack([image for image, _, _ in readable]) if readable else torch.empty(0)
+    values, erased = collate_pixels([pixels for pixels, _, _ in readable], shape=shape)
     targets = torch.tensor([target for _, target, _ in readable], dtype=torch.long)
     indices = torch.tensor([index for _, _, index in readable], dtype=torch.long)
-    return Batch(images, targets, indices, unreadable)
+    return _RawBatch(values, erased, targets, indices, unreadable)
 
 
 def _seed_numpy(worker: int) -> None:

@@ -115,7 +115,12 @@ def validate(
 
     def work(size: int) -> dict[str, Any]:
         loader = eval_loader(
-            images, classifier.config, batch_size=size, workers=workers, pin_memory=device.type == "cuda"
+            images,
+            classifier.config,
+            batch_size=size,
+            workers=workers,
+            pin_memory=device.type == "cuda",
+            device=device,
         )
         real, classes = None if right is None else RealLabels(right), PerClass(names) if per_class else None
         tallies = [tally for tally in (real, classes) if tally is not None]
