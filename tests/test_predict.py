@@ -267,6 +267,9 @@ def test_known_classes_of_images_are_told_by_folder_index_or_synset(tmp_path):
     names = tmp_path / "names.txt"
     names.write_text("a\nb\nc\nn01440764\n")
     assert gather_images(places[1:], unnamed, options=DataOptions(class_names=names)).targets == (0, -1)
+    labels = tmp_path / "labels.txt"
+    labels.write_text("1 n01443537\n2 unheard_of\n")
+    assert gather_images(places[1:], unnamed, options=DataOptions(val_labels=labels)).targets == (1, -1)
     write_tar(tmp_path / "folder" / "x.tar", {"n01443537/1.png": png(1)})
     assert gather_images([tmp_path / "folder"], unnamed).targets == (1,)
 

@@ -92,7 +92,7 @@ def add_data_arguments(parser: argparse.ArgumentParser, *, training: bool = Fals
     group.add_argument(
         "--val-split",
         metavar="NAME",
-        help="what it calls the part to validate on; val, validation, valid or test if absent",
+        help="what the data calls the part to validate on; val, validation, valid or test if absent",
     )
     group.add_argument(
         "--class-names", type=Path, metavar="FILE", help="names of the classes, one per line, in the order of indices"

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from vssm.data import DataOptions, LabelledImages, Split, open_dataset
 from vssm.data.images import ImageFiles
 from vssm.data.loaders import Augmentation, InputConfig, eval_loader, train_loader
+from vssm.data.policies import allow_no_bits
 from vssm.engine.records import environment
 
 _logger = logging.getLogger(__name__)
@@ -188,8 +189,9 @@ def _theirs(folder: str, augmentation: Augmentation | None, setting: LoaderSetti
             "re_mode": "pixel",
             "interpolation": augmentation.interpolation,
         }
-    return create_loader(
-        ImageDataset(folder),
+    dataset = ImageDataset(folder)
+    loader = create_loader(
+        dataset,
         (config.channels, *setting.img_size),
         setting.batch_size,
         mean=config.mean,
@@ -201,3 +203,5 @@ def _theirs(folder: str, augmentation: Augmentation | None, setting: LoaderSetti
         device=setting.device,
         **changes,
     )
+    allow_no_bits(dataset.transform)  # else it would end at the first image that is posterized so
+    return loader
