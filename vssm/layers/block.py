@@ -13,6 +13,8 @@ class MixerBlock(nn.Module):
         drop_path: Probability of leaving a branch out for a sample in training.
     """
 
+    token_prunable = True
+
     def __init__(self, mixer: nn.Module, norm1: nn.Module, *, drop_path: float = 0.0) -> None:
         super().__init__()
         self.norm1 = norm1
@@ -36,6 +38,8 @@ class MixerMlpBlock(MixerBlock):
         norm2: Norm before the MLP.
         drop_path: Probability of leaving a branch out for a sample in training.
     """
+
+    token_prunable = True
 
     def __init__(
         self, mixer: nn.Module, norm1: nn.Module, *, mlp: nn.Module, norm2: nn.Module, drop_path: float = 0.0
