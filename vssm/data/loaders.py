@@ -273,8 +273,10 @@ class _Loader(DataLoader):
         self._normalise = Normalise(config.mean, config.std, device=device)
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  DataLoader names its own class
-        for raw in super().__iter__():
-            yield Batch(self._normalise(raw.values, raw.erased), raw.targets, raw.indices, raw.unreadable)
+        return map(self._finish, super().__iter__())
+
+    def _finish(self, raw: _RawBatch) -> Batch:
+        return Batch(self._normalise(raw.values, raw.erased), raw.targets, raw.indices, raw.unreadable)
 
 
 def _collate(items: Sequence[_Item], *, shape: tuple[int, int, int]) -> _RawBatch:
