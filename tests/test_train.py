@@ -443,7 +443,10 @@ def test_configs_of_imagenet_are_the_published_recipes():
     for path in (CONFIGS / "imagenet").glob("[!_]*.yaml"):
         recipe = _recipe_of(Recipe(), "--config", str(path))
         assert recipe.model == path.stem
-        assert recipe.mixup == (0.2 if path.stem.startswith("efficientvmamba") else 0.8)
+        mild = (
+            0.1 if path.stem == "a2mamba_nano" else 0.2 if path.stem.startswith(("efficientvmamba", "local")) else 0.8
+        )
+        assert recipe.mixup == mild
 
 
 def test_another_model_does_not_get_the_arguments_of_the_digits_model():

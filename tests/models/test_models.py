@@ -18,6 +18,8 @@ from vssm.models._base import GridBackbone, TokenBackbone
 NAMES = vssm.list_models("test_*")
 # Of a sequence of one token, that of GroupMamba's class block, no state decays.
 WITHOUT_INFLUENCE = {"class_stage.blocks.0.mixer.ssm.A_log"}
+# Shapes of dilated windows are long expressions in a symbolic size, on which tracing takes its time.
+ANY_SIZE_NAMES = [pytest.param(name, marks=pytest.mark.slow) if name == "test_a2mamba" else name for name in NAMES]
 TOKEN_NAMES = [name for name in NAMES if isinstance(vssm.create_model(name), TokenBackbone)]
 
 
@@ -138,12 +140,14 @@ def test_reset_classifier(name):
     assert model(batch).shape == (2, 5)
     model.reset_classifier(0)
     pooled = model(batch)
-    assert pooled.shape == (2, model.num_features) == (2, model.head_hidden_size)
+    assert pooled.shape == (2, model.head_hidden_size)
     torch.testing.assert_close(pooled, model.forward_head(model.forward_features(batch), pre_logits=True))
     model.reset_classifier(3, "avg")
     assert model(batch).shape == (2, 3)
     model.reset_classifier(0, "")
-    torch.testing.assert_close(model(batch).shape, model.forward_features(batch).shape)
+    features = model.forward_features(batch)
+    assert features.shape[-1] == model.num_features
+    assert model(batch).shape == (*features.shape[:-1], model.head_hidden_size)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -265,7 +269,7 @@ def of_any_size(name: str, *, stages: int) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ANY_SIZE_NAMES)
 def test_exports_with_any_size(name):
     model = of_any_size(name, stages=2)
     home = tuple(model.pretrained_cfg["input_size"][1:])
@@ -278,7 +282,7 @@ def test_exports_with_any_size(name):
             torch.testing.assert_close(program(other), model(other), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ANY_SIZE_NAMES)
 def test_compiles_for_any_size(name):
     model = of_any_size(name, stages=1)
     home = tuple(model.pretrained_cfg["input_size"][1:])

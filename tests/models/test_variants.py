@@ -49,6 +49,11 @@ PARAMETERS = {
     "mambavision_base": 97_685_288,
     "mambavision_large": 227_961_048,
     "mambavision_large2": 241_554_824,
+    "a2mamba_nano": 4_195_052,
+    "a2mamba_tiny": 15_365_506,
+    "a2mamba_small": 30_672_834,
+    "a2mamba_base": 51_134_464,
+    "a2mamba_large": 93.737,  # printed as 95
 }
 VARIANTS = [name for name in vssm.list_models() if not name.startswith("test_")]
 

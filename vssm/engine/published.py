@@ -24,8 +24,14 @@ _PLAINMAMBA = "Yang et al., 2024, arXiv:2403.17695; parameters without the class
 _MSVMAMBA = "README of YuHengsss/MSVMamba; Shi et al., 2024, arXiv:2405.14174"
 _EFFICIENTVMAMBA = "README of TerryPei/EfficientVMamba; Pei et al., 2024, arXiv:2403.09977"
 _LOCALMAMBA = "Huang et al., 2024, arXiv:2403.09338"
+_A2MAMBA = "README of LMMMEng/A2Mamba; Lou et al., 2025, arXiv:2507.16624"
 
 PUBLISHED = {
+    "a2mamba_nano": Published(4, 0.8, _A2MAMBA),
+    "a2mamba_tiny": Published(15, 2.7, _A2MAMBA),
+    "a2mamba_small": Published(31, 5.4, _A2MAMBA),
+    "a2mamba_base": Published(51, 10.7, _A2MAMBA),
+    "a2mamba_large": Published(95, 17.4, _A2MAMBA),
     "efficientvmamba_tiny": Published(6, 0.8, _EFFICIENTVMAMBA),
     "efficientvmamba_small": Published(11, 1.3, _EFFICIENTVMAMBA),
     "efficientvmamba_base": Published(33, 4.0, _EFFICIENTVMAMBA),
