@@ -138,11 +138,12 @@ class DenseBackbone(nn.Module):
         """Loads published weights, or those of a file.
 
         Args:
-            source: True for the published weights of the model's name; else a checkpoint file of a classifier or of a
-                whole detector or segmentor, the authors' or ours.
+            source: True for the published weights of the model's name; else a checkpoint of a classifier or of a whole
+                detector or segmentor, the authors' or ours: a file, or its address on the web.
             allow_missing: As for `load`.
 
         Raises:
+            ConnectionError: If a file cannot be fetched.
             FileNotFoundError: If there is no such file.
             ValueError: If there are no published weights, or weights are missing, unknown or of another shape.
         """
@@ -150,7 +151,9 @@ class DenseBackbone(nn.Module):
             whole = vssm.create_model(self.model_name, pretrained=True, **{**self.model_kwargs, "num_classes": 0})
             self.load(whole.state_dict(), allow_missing=allow_missing)
         else:
-            self.load(checkpoint.read(source), allow_missing=allow_missing)
+            on_web = str(source).startswith(("http://", "https://"))
+            file = checkpoint.download(str(source)) if on_web else source
+            self.load(checkpoint.read(file), allow_missing=allow_missing)
 
     def load(self, state_dict: Mapping[str, Tensor], *, allow_missing: Sequence[str] = ()) -> None:
         """Loads the weights of a classifier or of a dense backbone, under official keys or ours.
@@ -165,12 +168,18 @@ class DenseBackbone(nn.Module):
         Raises:
             ValueError: If weights are missing, unknown or of another shape.
         """
+        self.load_state_dict(self.complete_keys(state_dict, allow_missing=allow_missing), strict=False)
+
+    def complete_keys(
+        self, state_dict: Mapping[str, Tensor], *, allow_missing: Sequence[str] = ()
+    ) -> dict[str, Tensor]:
+        """Weights under the keys of this module, after a check of their completeness; as `load`, but loads nothing."""
         ours = self.to_own_keys(state_dict)
         additions = {key for key in self.state_dict() if not key.startswith("model.")}
         allowed = set() if additions & ours.keys() else additions
         allowed |= {key for key in self.state_dict() if any(fnmatchcase(key, pattern) for pattern in allow_missing)}
         checkpoint.check(self, ours, adapted=allowed - ours.keys())
-        self.load_state_dict(ours, strict=False)
+        return ours
 
     def to_own_keys(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Brings the keys of a classifier or of an official dense backbone to those of this module.
