@@ -302,8 +302,15 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: MambaVision) -> d
     """
     if "stem.conv1.conv.weight" in state_dict:
         return state_dict
-    ours = _official_keys.rename(_joined(state_dict), _downsampled(len(model.stages)), family="mambavision")
+    official = _of_encoder(state_dict) or state_dict
+    ours = _official_keys.rename(_joined(official), _patterns(len(model.stages)), family="mambavision")
     return {key: value[None] if key.endswith(_OF_ONE_SET) else value for key, value in ours.items()}
+
+
+def _of_encoder(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of the encoder, of a file that says so of them."""
+    prefix = "encoder."
+    return {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
 
 
 def _joined(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -317,8 +324,8 @@ def _joined(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     return joined
 
 
-def _downsampled(stages: int) -> dict[str, str]:
-    """The patterns with those of the downsamplings, which here belong to the stage after them."""
+def _patterns(stages: int) -> dict[str, str]:
+    """Patterns of official keys; the downsamplings belong to the stage after them here."""
     return _RENAMED | {
         rf"levels\.{i}\.downsample\.reduction\.0\.(.+)": rf"stages.{i + 1}.downsample.conv.\1"
         for i in range(stages - 1)
