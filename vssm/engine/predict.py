@@ -77,12 +77,7 @@ def predict(
 
     def work(size: int) -> list[dict[str, Any]]:
         loader = eval_loader(
-            images,
-            classifier.config,
-            batch_size=size,
-            workers=workers,
-            pin_memory=device.type == "cuda",
-            device=device,
+            images, classifier.config, batch_size=size, workers=workers, pin_memory=device.type == "cuda"
         )
         check = ReadingCheck(images.source, len(images))
         records = []
