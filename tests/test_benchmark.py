@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 import vssm.engine.op_subjects
+from image_folders import make_folder
+from tar_files import write_shards
 from vssm.cli import main
 from vssm.engine.benchmark import Setting, benchmark_models
 from vssm.engine.benchmark_op import OpSetting, benchmark_op, relative_error
@@ -295,11 +297,75 @@ def test_command_measures_models_at_several_sizes(capsys, tmp_path):
     assert (tmp_path / "models.png").exists()
 
 
+def test_command_draws_bars_of_models_and_their_peers(tmp_path):
+    target = tmp_path / "models.json"
+    argv = [
+        "benchmark",
+        "test_vi[mt]",
+        "test_vim",
+        "--img-size",
+        "96",
+        "--batch-size",
+        "1",
+        "--repeats",
+        "2",
+        "--train",
+    ]
+    assert main([*argv, "--device", "cpu", "--results", str(target), "--plot", str(tmp_path / "bars.svg")]) == 0
+    records = json.loads(target.read_text())
+    assert [(record["model"], record["package"]) for record in records] == [("test_vim", "vssm"), ("test_vit", "timm")]
+    assert [record["scan_backend"] is None for record in records] == [False, True]
+    assert (records[0]["warmup"], records[0]["repeats"]) == (3, 2)
+    picture = (tmp_path / "bars.svg").read_text()
+    assert all(f"<!-- {word} -->" in picture for word in ("inference", "training", "test_vim", "vssm", "timm"))
+
+
+def test_records_are_kept_as_they_come(monkeypatch):
+    monkeypatch.setattr("vssm.engine.benchmark.create_by_name", lambda *_, **__: Hungry(5, ERRORS["cpu"]))
+    kept: list[int] = []
+    setting = Setting(device=CPU, batch_size=2, warmup=1, repeats=2)
+    benchmark_models(["a", "b"], setting, keep=lambda records: kept.append(len(records)))
+    assert kept == [1, 2]
+
+
+def test_patterns_without_a_match_are_named(capsys):
+    assert main(["benchmark", "vimm_*"]) == 1
+    assert "no model matches 'vimm_*'; those of vssm are" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_command_measures_loaders_beside_those_of_timm(tmp_path, capsys, workers):
+    data, target = make_folder(tmp_path / "data", train=8, val=6), tmp_path / "loaders.json"
+    argv = ["benchmark", "--loader", str(data), "--workers", str(workers), "--img-size", "16", "--batch-size", "4"]
+    assert main([*argv, "--images", "8", "--repeats", "2", "--device", "cpu", "--results", str(target)]) == 0
+    records = json.loads(target.read_text())
+    kinds = ["crop and flip", "RandAugment and erasing", "evaluation"]
+    assert [(each["loader"], each["package"]) for each in records] == [(k, p) for k in kinds for p in ("vssm", "timm")]
+    for ours, theirs in zip(records[::2], records[1::2], strict=True):
+        assert ours["images"] == theirs["images"] == 8
+        assert ours["images_per_s_p10"] <= ours["images_per_s"] <= ours["images_per_s_p90"]
+        assert min(ours["cpu_ms_per_image"], ours["speed_over_timm"], ours["cpu_over_timm"]) > 0
+    assert len(capsys.readouterr().out.splitlines()) == 7
+
+
+def test_loaders_of_other_data_are_measured_alone(tmp_path, capsys, caplog, monkeypatch):
+    monkeypatch.setenv("VSSM_CACHE", str(tmp_path / "cache"))
+    for split in ("train", "val"):
+        write_shards(tmp_path / "data", split, shards=1, samples=4)
+    argv = ["benchmark", "--loader", str(tmp_path / "data"), "--workers", "0", "--img-size", "16", "--batch-size", "2"]
+    caplog.set_level("INFO")
+    assert main([*argv, "--repeats", "2", "--device", "cpu"]) == 0
+    assert [line.split()[-5] for line in capsys.readouterr().out.splitlines()[1:]] == ["vssm"] * 3
+    assert caplog.text.count("no class folders, which timm would read") == 3
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "expected either models or --op, got neither"),
-        (["test_vim", "--op"], "expected either models or --op, got both"),
+        (["--loader", "x", "--plot", "x.png"], "--plot draws models or --op, not --loader"),
+        (["test_vim", "--loader", "x"], "expected models, --op or --loader DATA, got models and --loader"),
+        ([], "expected models, --op or --loader DATA, got none of them"),
+        (["test_vim", "--op"], "expected models, --op or --loader DATA, got models and --op"),
         (["--op", "--shapes", "1,2,3"], f"argument --shapes: expected {', '.join(NAMED_SHAPES)}, a .json file or"),
         (["--op", "--shapes", "1,2,0,3"], f"argument --shapes: expected {', '.join(NAMED_SHAPES)}, a .json file or"),
         (["--op", "--against", "loop,mamba"], "argument --against: expected some of loop, torch, mamba_ssm, official"),

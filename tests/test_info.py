@@ -12,6 +12,7 @@ from torch import nn
 import vssm
 from vssm.cli import main
 from vssm.engine.info import Counts, count_parts, describe
+from vssm.models.a2mamba import ChannelAffine
 
 
 def vim_counts(*, height: int, width: int, batch: int = 1) -> Counts:
@@ -159,6 +160,198 @@ def efficientvmamba_counts(width: int, depths: tuple[int, ...]) -> dict[str, Cou
     return pyramid_counts(width, depths, block, first=True)
 
 
+class Windows:
+    """A product of queries or weights with the tokens of a window, as it is done in tiles along both axes."""
+
+    def __init__(self, side: int, window: int, dilation: int) -> None:
+        tile, longest = window // 2 + 1, math.ceil(side / dilation)
+        slots = dilation * math.ceil(longest / tile) * tile
+        self.queries = slots**2
+        self.pairs = (slots * min(longest, tile + window - 1)) ** 2  # of which side²·window² are neighbours
+
+    def scores(self, heads: int, c: int) -> Counts:
+        return Counts(matmul_macs=self.pairs * c, activations=self.pairs * heads)
+
+    def sums(self, c: int) -> Counts:
+        return Counts(matmul_macs=self.pairs * c, activations=self.queries * c)
+
+
+def total(*counts: Counts) -> Counts:
+    return Counts(*map(sum, zip(*counts, strict=True)))
+
+
+def a2mamba_windows(side: int, window: int) -> tuple[Windows, Windows]:
+    return Windows(side, window, 1), Windows(side, window, min(side // window, window))
+
+
+def a2mamba_block(c: int, side: int, *, heads: int, window: int, h: int, scale: bool, last: bool) -> Counts:
+    """Half of the heads attend to each of two windows; a scan mixed by them, or attention to all in the last stage."""
+    tokens, r = side**2, math.ceil(c / 16)
+    weights = 5 * c * c + 2 * c * h  # gate, in_proj and out_proj; the MLP
+    convolutions = 2 * 9 * c + 25 * c + 9 * h  # cpe1 and cpe2, lepe, that of the MLP
+    vectors = 9 * c + 2 * h + 4 * c * scale + 5 * 2 * c  # biases, scales, norms
+    params = weights + convolutions + vectors + heads // 2 * (2 * window - 1) ** 2
+    activations = c + 3 * c + c + c + 2 * c + h + h + c
+    attention = total(
+        *(part for win in a2mamba_windows(side, window) for part in (win.scores(heads // 2, c // 2), win.sums(c // 2)))
+    )
+    if last:
+        every = Counts(
+            params=heads * tokens**2, matmul_macs=2 * tokens**2 * c, activations=tokens**2 * heads + tokens * c
+        )
+        return total(Counts(params, tokens * weights, tokens * convolutions, 0, tokens * activations), attention, every)
+    projections = c * (r + 2) + r * c
+    params += projections + 26 * c + 3 * c + heads**2 + heads  # convolution; dt_bias, A_log, D; state_fusion
+    again = total(*(win.sums(c // 2) for win in a2mamba_windows(side, window)))
+    macs = tokens * (weights + projections)
+    conv_macs = tokens * (convolutions + 25 * c + heads * c)
+    activations += c + r + 2 + c + c
+    return total(Counts(params, macs, conv_macs, tokens * 9 * c, tokens * activations), attention, again)
+
+
+def a2mamba_counts(
+    dims: tuple[int, ...],
+    depths: tuple[int, ...],
+    *,
+    heads: tuple[int, ...],
+    ratios: tuple[float, ...] = (4, 4, 3, 3),
+    scaled: tuple[int, ...] = (),
+) -> dict[str, Counts]:
+    half, c = dims[0] // 2, dims[0]
+    at_112, at_56 = 112**2 * half, 56**2 * c
+    parts = {
+        "stem": Counts(
+            params=27 * half + 9 * half * (half + c) + 9 * c * c + 4 * (half + c),
+            conv_macs=at_112 * (27 + 9 * half) + at_56 * (9 * half + 9 * c),
+            activations=2 * at_112 + 2 * at_56,
+        )
+    }
+    for i, (c, depth) in enumerate(zip(dims, depths, strict=True)):
+        side = 56 >> i
+        block = a2mamba_block(
+            c, side, heads=heads[i], window=(11, 9, 7, 7)[i], h=int(c * ratios[i]), scale=i in scaled, last=i == 3
+        )
+        down = Counts()
+        if i:
+            taps = 9 * dims[i - 1] * c
+            down = Counts(params=taps + 2 * c, conv_macs=side**2 * taps, activations=side**2 * c)
+        parts[f"stages.{i}"] = total(down, *[block] * depth)
+    parts["head"] = Counts(
+        params=c * 1024 + 3 * 1024 + 1024 * 1000 + 1000,
+        matmul_macs=49 * c * 1024 + 1024 * 1000,
+        activations=49 * 1024 + 1000,
+    )
+    return parts
+
+
+def groupmamba_stem(s: int, c: int) -> Counts:
+    """A convolution of 7×7 and two of 3×3, without biases and through s channels, and a downsampling."""
+    weights, outer = 147 * s + 2 * 9 * s * s, 112**2
+    down = conv_downsample(s, c, 56**2)
+    return Counts(params=weights + 3 * 2 * s, conv_macs=outer * weights, activations=3 * outer * s).plus(down)
+
+
+def conv_downsample(before: int, c: int, tokens: int, *, norm: bool = True) -> Counts:
+    weights = 9 * before * c
+    vectors = 3 * c if norm else 0  # bias and norm
+    return Counts(params=weights + vectors, conv_macs=tokens * weights, activations=tokens * c)
+
+
+def groupmamba_block(c: int, tokens: int, ratio: int, *, conv: bool = True) -> Counts:
+    """Four groups of a quarter of the channels, one direction and one parameter set each; one state."""
+    d, hidden, squeezed, k = c // 4, ratio * c, c // 16, 4
+    r = math.ceil(d / 16)
+    per_token = k * (d * 2 * d + d * (r + 2) + r * d + d * d) + c * c + 2 * c * hidden
+    gate = 2 * c * squeezed
+    kernels = 9 * c + (9 * hidden if conv else 0)
+    biases = c + squeezed + c + c + hidden + c + (hidden if conv else 0)  # of the convolutions, gate, proj and MLP
+    vectors = 2 * c + 2 * c + 2 * c + 3 * c + 1  # norm, out_norm, norm2; dt_bias, A_log and D; skip_scale
+    written_per_token = 2 * c + c + k * (r + 2) + c + c + c + hidden + (hidden if conv else 0) + c
+    return Counts(
+        params=per_token + gate + kernels + biases + vectors,
+        matmul_macs=tokens * per_token + gate,
+        conv_macs=tokens * kernels,
+        scan_ops=tokens * 9 * c,
+        activations=tokens * written_per_token + squeezed + c,
+    )
+
+
+def groupmamba_counts(stem: int, dims: tuple[int, ...], depths: tuple[int, ...]) -> dict[str, Counts]:
+    parts = {"stem": groupmamba_stem(stem, dims[0])}
+    for i, (c, depth, ratio) in enumerate(zip(dims, depths, (8, 8, 4, 4), strict=True)):
+        tokens = (56 >> i) ** 2
+        stage = conv_downsample(dims[i - 1], c, tokens) if i > 0 else Counts()
+        for _ in range(depth):
+            stage = stage.plus(groupmamba_block(c, tokens, ratio))
+        parts[f"stages.{i}"] = stage.plus(Counts(params=2 * c if i < 3 else 0))
+    c = dims[-1]
+    head = Counts(params=2 * (c + 1) * 1000, matmul_macs=2 * c * 1000, activations=2 * 1000)
+    class_stage = groupmamba_block(c, 1, 4, conv=False).plus(Counts(params=2 * c))
+    return parts | {"norm": Counts(params=2 * c), "head": head, "class_stage": class_stage}
+
+
+def mambavision_stem(s: int, c: int) -> Counts:
+    first, second = 27 * s, 9 * s * c
+    return Counts(
+        params=first + 2 * s + second + 2 * c,
+        conv_macs=112**2 * first + 56**2 * second,
+        activations=112**2 * s + 56**2 * c,
+    )
+
+
+def conv_block(c: int, tokens: int) -> Counts:
+    weights = 2 * 9 * c * c
+    return Counts(params=weights + 2 * 3 * c, conv_macs=tokens * weights, activations=tokens * 2 * c)
+
+
+def mamba_in_windows(c: int, tokens: int) -> Counts:
+    """Half of the channels pass the scan; eight states."""
+    d, n, r = c // 2, 8, math.ceil(c / 16)
+    weights = 2 * c * c + d * (r + 2 * n) + r * d
+    return Counts(
+        params=weights + 3 * c + d + d * n + d,
+        matmul_macs=tokens * weights,
+        conv_macs=tokens * 3 * c,
+        scan_ops=tokens * 9 * d * n,
+        activations=tokens * (c + c + r + 2 * n + d + c),
+    )
+
+
+def attention_in_windows(c: int, tokens: int, *, window: int, heads: int) -> Counts:
+    weights, keys = 4 * c * c, window**2
+    return Counts(
+        params=weights + 4 * c,
+        matmul_macs=tokens * (weights + 2 * keys * c),
+        activations=tokens * (3 * c + heads * keys + c + c),
+    )
+
+
+def mambavision_counts(
+    stem: int, width: int, depths: tuple[int, ...], *, heads: tuple[int, int] = (8, 16), scales: bool = False
+) -> dict[str, Counts]:
+    parts = {"stem": mambavision_stem(stem, width)}
+    for i, depth in enumerate(depths):
+        c, tokens = width * 2**i, (56 >> i) ** 2
+        stage = conv_downsample(c // 2, c, tokens, norm=False) if i > 0 else Counts()
+        around = Counts(  # the MLP, norms and scales
+            params=8 * c * c + 5 * c + 4 * c + (2 * c if scales else 0),
+            matmul_macs=tokens * 8 * c * c,
+            activations=tokens * 5 * c,
+        )
+        for j in range(depth):
+            if i < 2:
+                block = conv_block(c, tokens)
+            elif j < (depth + 1) // 2:
+                block = mamba_in_windows(c, tokens).plus(around)
+            else:
+                block = attention_in_windows(c, tokens, window=28 >> (i - 1), heads=heads[i - 2]).plus(around)
+            stage = stage.plus(block)
+        parts[f"stages.{i}"] = stage
+    c = 8 * width
+    head = Counts(params=(c + 1) * 1000, matmul_macs=c * 1000, activations=1000)
+    return parts | {"norm": Counts(params=2 * c), "head": head}
+
+
 VMAMBA = {
     "vmamba_tiny_s1l8": vmamba_counts(96, (2, 2, 8, 2), expand=1),
     "vmamba_tiny_s2l5": vmamba_counts(96, (2, 2, 5, 2)),
@@ -195,6 +388,40 @@ EFFICIENTVMAMBA = {
     "efficientvmamba_tiny": efficientvmamba_counts(48, (2, 2, 4, 2)),
     "efficientvmamba_small": efficientvmamba_counts(64, (2, 2, 4, 2)),
     "efficientvmamba_base": efficientvmamba_counts(96, (2, 2, 9, 2)),
+}
+A2MAMBA = {
+    "a2mamba_nano": a2mamba_counts((32, 64, 128, 192), (2, 2, 8, 2), heads=(2, 2, 4, 8)),
+    "a2mamba_tiny": a2mamba_counts((48, 96, 256, 448), (2, 2, 10, 2), heads=(2, 4, 8, 16)),
+    "a2mamba_small": a2mamba_counts((64, 128, 320, 512), (2, 4, 12, 4), heads=(2, 4, 10, 16), scaled=(2, 3)),
+    "a2mamba_base": a2mamba_counts(
+        (96, 192, 384, 512), (4, 6, 12, 6), heads=(4, 8, 12, 16), ratios=(4, 4, 3.75, 3.75), scaled=(0, 1, 2, 3)
+    ),
+    "a2mamba_large": a2mamba_counts(
+        (96, 192, 448, 672), (4, 6, 18, 6), heads=(4, 8, 16, 24), ratios=(4, 4, 4, 4), scaled=(0, 1, 2, 3)
+    ),
+}
+# Multiply-adds of the official models, in G, counted on them.
+A2MAMBA_GMACS = {"a2mamba_nano": 0.81, "a2mamba_tiny": 2.68, "a2mamba_small": 5.34, "a2mamba_base": 11.35}
+GROUPMAMBA = {
+    "groupmamba_tiny": groupmamba_counts(32, (64, 128, 348, 448), (3, 4, 9, 3)),
+    "groupmamba_small": groupmamba_counts(64, (64, 128, 348, 512), (3, 4, 16, 3)),
+    "groupmamba_base": groupmamba_counts(64, (96, 192, 424, 512), (3, 6, 21, 3)),
+}
+MAMBAVISION = {
+    "mambavision_tiny": mambavision_counts(32, 80, (1, 3, 8, 4)),
+    "mambavision_tiny2": mambavision_counts(32, 80, (1, 3, 11, 4)),
+    "mambavision_small": mambavision_counts(64, 96, (3, 3, 7, 5)),
+    "mambavision_base": mambavision_counts(64, 128, (3, 3, 10, 5), scales=True),
+    "mambavision_large": mambavision_counts(64, 196, (3, 3, 10, 5), heads=(16, 32), scales=True),
+    "mambavision_large2": mambavision_counts(64, 196, (3, 3, 12, 5), heads=(16, 32), scales=True),
+}
+# Products and convolutions of official models, in G, counted on them; of MambaVision without those inside attention.
+OFFICIAL_GMACS = {
+    "groupmamba_tiny": 4.65,
+    "groupmamba_small": 7.21,
+    "groupmamba_base": 14.07,
+    "mambavision_tiny": 4.46,
+    "mambavision_small": 7.48,
 }
 # What the same rule gives of the official models, in G, counted on them.
 OFFICIAL_GFLOPS = {
@@ -256,6 +483,52 @@ def test_efficientvmamba_equals_the_hand_formula_and_the_published_figures(name)
         assert round(authors, 4) == OFFICIAL_GFLOPS[name]
     assert round(authors, 1) == record["published_gflops"]
     assert record["params_m"] == pytest.approx(record["published_params_m"], abs=0.75)
+
+
+@pytest.mark.parametrize("name", A2MAMBA)
+def test_a2mamba_equals_the_hand_formula_and_the_published_figures(name):
+    record = describe(name)
+    assert {part.pop("part"): Counts(**part) for part in record["parts"]} == A2MAMBA[name]
+    with torch.device("meta"):
+        model = vssm.create_model(name)
+    only_here = scales = 0  # what tiles multiply and mask; the scales, which are convolutions in the official code
+    for stage, side in zip(model.stages, (56, 28, 14, 7), strict=True):
+        mixer, depth = stage.blocks[0].mixer, len(stage.blocks)
+        c, products = mixer.out_proj.out_features, 3 if hasattr(mixer, "ssm") else 2
+        for windows in a2mamba_windows(side, mixer.window):
+            only_here += depth * products * (windows.pairs - side**2 * mixer.window**2) * c // 2
+        scales += sum(isinstance(each, ChannelAffine) for each in stage.modules()) * side**2 * c
+    official = record["gmacs"] + (scales - only_here) / 1e9
+    if name in A2MAMBA_GMACS:
+        assert round(official, 2) == A2MAMBA_GMACS[name]
+    assert official == pytest.approx(record["published_gflops"], rel=0.07)  # that of base is printed 6 % lower
+    assert record["params_m"] == pytest.approx(record["published_params_m"], abs=1.3)  # large is printed as 95
+
+
+@pytest.mark.parametrize("name", GROUPMAMBA)
+def test_groupmamba_equals_the_hand_formula_and_the_published_figures(name):
+    record = describe(name)
+    assert {part.pop("part"): Counts(**part) for part in record["parts"]} == GROUPMAMBA[name]
+    assert round(record["gmacs"], 2) == OFFICIAL_GMACS[name]
+    assert record["gmacs"] == pytest.approx(record["published_gflops"], rel=0.035)  # printed lower than counted
+    assert record["params_m"] == pytest.approx(record["published_params_m"], abs=0.8)
+
+
+@pytest.mark.parametrize("name", MAMBAVISION)
+def test_mambavision_equals_the_hand_formula_and_the_published_figures(name):
+    record = describe(name)
+    assert {part.pop("part"): Counts(**part) for part in record["parts"]} == MAMBAVISION[name]
+    with torch.device("meta"):
+        model = vssm.create_model(name)
+    attention = 0
+    for stage, tokens in zip(model.stages[2:], (14**2, 7**2), strict=True):
+        channels = [block.norm1.weight.numel() for block in stage.blocks if hasattr(block.mixer, "qkv")]
+        attention += 2 * tokens**2 * sum(channels)  # one window at this size
+    authors = record["gmacs"] - attention / 1e9
+    if name in OFFICIAL_GMACS:
+        assert round(authors, 2) == OFFICIAL_GMACS[name]
+    assert authors == pytest.approx(record["published_gflops"], rel=0.015)
+    assert record["params_m"] == pytest.approx(record["published_params_m"], abs=0.1)
 
 
 def test_parameters_are_those_of_the_official_model():

@@ -282,9 +282,13 @@ def _classifier_keys(model: nn.Module) -> set[str]:
     get_classifier = getattr(model, "get_classifier", None)
     if get_classifier is None:
         return set()
-    classifier = get_classifier()
+    found = get_classifier()
+    classifiers = found if isinstance(found, tuple) else (found,)  # distilled models have two
     return {
-        f"{name}.{kind}" for name, each in model.named_modules() if each is classifier for kind in ("weight", "bias")
+        f"{name}.{kind}"
+        for name, each in model.named_modules()
+        if any(each is classifier for classifier in classifiers)
+        for kind in ("weight", "bias")
     }
 
 

@@ -355,11 +355,11 @@ def restrict(order: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
             ``keep`` a token that is outside the order or there twice.
     """
     _check_restriction(order, keep)
-    if keep.ndim == 2 and order.ndim == 2:
-        order = order.expand(keep.shape[0], -1, -1)
     tokens = keep.long() if keep.ndim == 1 else keep.long().unsqueeze(1)
     step_of_token = order.argsort(-1)
-    steps, place = step_of_token.gather(-1, tokens.expand(*order.shape[:-1], -1)).sort(-1)
+    if keep.ndim == 2 and order.ndim == 2:
+        step_of_token = step_of_token.expand(keep.shape[0], -1, -1)
+    steps, place = step_of_token.gather(-1, tokens.expand(*step_of_token.shape[:-1], -1)).sort(-1)
     before_first = steps.new_full((*steps.shape[:-1], 1), -1)
     gap = steps.diff(prepend=before_first) - 1
     return place.to(torch.int32), gap.to(torch.int32)

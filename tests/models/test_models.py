@@ -16,11 +16,21 @@ from vssm.layers.ssm import SelectiveSSM
 from vssm.models._base import GridBackbone, TokenBackbone
 
 NAMES = vssm.list_models("test_*")
+# Of a sequence of one token, that of GroupMamba's class block, no state decays.
+WITHOUT_INFLUENCE = {"class_stage.blocks.0.mixer.ssm.A_log"}
+# Shapes of dilated windows are long expressions in a symbolic size, on which tracing takes its time.
+ANY_SIZE_NAMES = [pytest.param(name, marks=pytest.mark.slow) if name == "test_a2mamba" else name for name in NAMES]
 TOKEN_NAMES = [name for name in NAMES if isinstance(vssm.create_model(name), TokenBackbone)]
 
 
 def images(model: nn.Module, batch: int = 2) -> torch.Tensor:
     return torch.randn(batch, *model.pretrained_cfg["input_size"])
+
+
+def classifiers(model: nn.Module) -> tuple[nn.Module, ...]:
+    """The last layers, two of them where the model has a teacher."""
+    found = model.get_classifier()
+    return found if isinstance(found, tuple) else (found,)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -43,7 +53,7 @@ def test_every_parameter_gets_a_gradient(name):
     for parameter_name, parameter in model.named_parameters():
         assert parameter.grad is not None, parameter_name
         assert parameter.grad.isfinite().all(), parameter_name
-        assert parameter.grad.any(), parameter_name
+        assert parameter.grad.any() == (parameter_name not in WITHOUT_INFLUENCE), parameter_name
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -126,16 +136,18 @@ def test_reset_classifier(name):
     model = vssm.create_model(name).double().eval()
     batch = images(model).double()
     model.reset_classifier(5)
-    assert model.num_classes == model.get_classifier().out_features == 5
+    assert {model.num_classes, *(layer.out_features for layer in classifiers(model))} == {5}
     assert model(batch).shape == (2, 5)
     model.reset_classifier(0)
     pooled = model(batch)
-    assert pooled.shape == (2, model.num_features) == (2, model.head_hidden_size)
+    assert pooled.shape == (2, model.head_hidden_size)
     torch.testing.assert_close(pooled, model.forward_head(model.forward_features(batch), pre_logits=True))
     model.reset_classifier(3, "avg")
     assert model(batch).shape == (2, 3)
     model.reset_classifier(0, "")
-    torch.testing.assert_close(model(batch).shape, model.forward_features(batch).shape)
+    features = model.forward_features(batch)
+    assert features.shape[-1] == model.num_features
+    assert model(batch).shape == (*features.shape[:-1], model.head_hidden_size)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -160,7 +172,8 @@ def test_layer_groups(name, coarse):
     assert set(groups[len(groups) - 1]) == classifier
     of_stem = [i for i, keys in groups.items() if any(key.startswith("stem") for key in keys)]
     assert of_stem == [0]
-    blocks = {key.rpartition("blocks.")[0] + key.rpartition("blocks.")[2].split(".")[0] for key in groups[1]}
+    of_blocks = [key for key in groups[1] if "blocks." in key]  # besides a norm after the stage's last one
+    blocks = {key.rpartition("blocks.")[0] + key.rpartition("blocks.")[2].split(".")[0] for key in of_blocks}
     assert len(blocks) == 1 or coarse
 
 
@@ -179,7 +192,8 @@ def test_names_of_parts(name):
     model = vssm.create_model(name)
     stages = getattr(model, "stages", [model])
     assert isinstance(model.stem, nn.Module)
-    scanning = [block for stage in stages for block in stage.blocks if hasattr(block, "mixer")]
+    mixing = [block for stage in stages for block in stage.blocks if hasattr(block, "mixer")]
+    scanning = [block for block in mixing if any(isinstance(part, SelectiveSSM) for part in block.mixer.modules())]
     assert scanning
     for block in scanning:
         assert {"norm1", "mixer"} <= {key for key, _ in block.named_children()}
@@ -194,7 +208,8 @@ def test_timm_finds_it(name):
     assert type(model) is type(vssm.create_model(name))
     cfg = model.pretrained_cfg
     assert isinstance(model.get_submodule(cfg["first_conv"]), nn.Conv2d)
-    assert model.get_submodule(cfg["classifier"]) is model.get_classifier()
+    named = [cfg["classifier"]] if isinstance(cfg["classifier"], str) else cfg["classifier"]
+    assert [model.get_submodule(each) for each in named] == list(classifiers(model))
     data = timm.data.resolve_model_data_config(model)
     assert data["input_size"] == cfg["input_size"]
 
@@ -254,7 +269,7 @@ def of_any_size(name: str, *, stages: int) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ANY_SIZE_NAMES)
 def test_exports_with_any_size(name):
     model = of_any_size(name, stages=2)
     home = tuple(model.pretrained_cfg["input_size"][1:])
@@ -267,7 +282,7 @@ def test_exports_with_any_size(name):
             torch.testing.assert_close(program(other), model(other), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ANY_SIZE_NAMES)
 def test_compiles_for_any_size(name):
     model = of_any_size(name, stages=1)
     home = tuple(model.pretrained_cfg["input_size"][1:])

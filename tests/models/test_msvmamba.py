@@ -11,7 +11,7 @@ from golden import records
 from vssm.engine.convert import convert
 from vssm.layers.downsample import ConvDownsample
 from vssm.layers.ssm import SelectiveSSM
-from vssm.models.msvmamba import ConvFFN, MultiScaleSS2D, MultiScaleSS2DV3, checkpoint_filter_fn
+from vssm.models.msvmamba import MultiScaleSS2D, MultiScaleSS2DV3, ResidualConvFFN, checkpoint_filter_fn
 
 
 def scan_by_hand(ssm: SelectiveSSM, x: Tensor, walk: list[int]) -> Tensor:
@@ -75,7 +75,7 @@ def test_mixer_against_a_loop_over_tokens(kind, size):
 
 
 def test_feed_forward_adds_its_convolution():
-    mlp = ConvFFN(4, 8)
+    mlp = ResidualConvFFN(4, 8)
     x = torch.randn(2, 6, 4)
     inner = x @ mlp.fc1.weight.T + mlp.fc1.bias
     expected = F.gelu(inner + mlp.conv(inner, (2, 3))) @ mlp.fc2.weight.T + mlp.fc2.bias

@@ -40,6 +40,20 @@ PARAMETERS = {
     "efficientvmamba_tiny": 6_493_660,
     "efficientvmamba_small": 11_273_688,
     "efficientvmamba_base": 33_717_136,
+    "groupmamba_tiny": 23_361_917,
+    "groupmamba_small": 34_781_555,
+    "groupmamba_base": 57_150_838,
+    "mambavision_tiny": 31_794_248,
+    "mambavision_tiny2": 35_104_008,
+    "mambavision_small": 50_140_584,
+    "mambavision_base": 97_685_288,
+    "mambavision_large": 227_961_048,
+    "mambavision_large2": 241_554_824,
+    "a2mamba_nano": 4_195_052,
+    "a2mamba_tiny": 15_365_506,
+    "a2mamba_small": 30_672_834,
+    "a2mamba_base": 51_134_464,
+    "a2mamba_large": 93.737,  # printed as 95
 }
 VARIANTS = [name for name in vssm.list_models() if not name.startswith("test_")]
 
@@ -65,7 +79,8 @@ def test_default_configuration(variant):
         assert cfg.origin_url
         assert cfg.paper_ids
         assert model.get_submodule(cfg.first_conv).in_channels == cfg.input_size[0]
-        assert model.get_submodule(cfg.classifier).out_features == cfg.num_classes
+        for classifier in [cfg.classifier] if isinstance(cfg.classifier, str) else cfg.classifier:
+            assert model.get_submodule(classifier).out_features == cfg.num_classes
     assert model(torch.empty(1, *model.pretrained_cfg["input_size"], device="meta")).shape == (1, 1000)
 
 

@@ -92,7 +92,7 @@ def add_data_arguments(parser: argparse.ArgumentParser, *, training: bool = Fals
     group.add_argument(
         "--val-split",
         metavar="NAME",
-        help="what it calls the part to validate on; val, validation, valid or test if absent",
+        help="what the data calls the part to validate on; val, validation, valid or test if absent",
     )
     group.add_argument(
         "--class-names", type=Path, metavar="FILE", help="names of the classes, one per line, in the order of indices"
@@ -115,7 +115,7 @@ def data_options(args: argparse.Namespace) -> DataOptions:
 def model_options(args: argparse.Namespace) -> dict[str, Any]:
     """The options by the names of settings, with the types of these; None where an option was not given."""
     options = dict(vars(args))
-    for name in ("mean", "std", "scale", "no_decay"):
+    for name in ("mean", "std", "scale"):
         if options.get(name) is not None:
             options[name] = tuple(options[name])
     if options.get("model_kwargs") is not None:

@@ -1,24 +1,31 @@
-"""Time models, or the scan alone with --op, and measure their memory."""
+"""Time models and measure their memory; or the scan alone with --op, or reading images with --loader."""
 
 import argparse
+import logging
 from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
 
 import torch
 
 from vssm.cli import UsageError, _op_options
 from vssm.cli._options import device, image_size, picture_path, positive_int, results_path
+from vssm.cli._training import add_data_arguments, count, data_options
 from vssm.engine.benchmark import Setting, benchmark_models
+from vssm.engine.benchmark_loader import LoaderSetting, benchmark_loader
 from vssm.engine.benchmark_op import OpSetting, benchmark_op
 from vssm.engine.op_plot import plot_op
 from vssm.engine.op_subjects import RIVALS
-from vssm.engine.plot import line_plot
 from vssm.engine.records import print_table, write_results
+from vssm.engine.throughput_plot import plot_throughput
+from vssm.engine.zoo import expand_names
 from vssm_kernels import available_backends, use_backend
 
 _HALF = ("bfloat16", "float16")
 _BACKEND_HELP = "of the scan (default: VSSM_SCAN_BACKEND of the environment, or else auto)"
 _MODEL_COLUMNS = ["model", "img_size", "params_m", "latency_ms", "batch_size", "images_per_s", "peak_memory_mib"]
 _TRAIN_COLUMNS = ["train_batch_size", "train_images_per_s", "train_peak_memory_mib"]
+_LOADER_COLUMNS = ["loader", "package", "images_per_s", "cpu_ms_per_image", "speed_over_timm", "cpu_over_timm"]
 _OP_COLUMNS = {
     **{key: key for key in ("op", "b", "k", "d", "n", "l")},
     "fwd ms": "forward_ms",
@@ -44,9 +51,15 @@ _ANCHOR_COLUMNS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of this command."""
-    parser.add_argument("models", nargs="*", metavar="MODEL", help="models of vssm, or of timm to compare with")
+    parser.add_argument(
+        "models",
+        nargs="*",
+        metavar="MODEL",
+        help="models of vssm, or of timm to compare with; patterns such as 'vim_tiny_*', too",
+    )
     _add_model_arguments(parser.add_argument_group("models"))
     _add_op_arguments(parser.add_argument_group("the scan alone"))
+    _add_loader_arguments(parser)
     parser.add_argument("--device", type=device, help="cpu, cuda, cuda:1 ...; a GPU by default if there is one")
     parser.add_argument("--backend", choices=("auto", *available_backends()), help=_BACKEND_HELP)
     parser.add_argument("--amp-dtype", choices=_HALF, help="half precision: autocast of models, inputs of --op")
@@ -56,24 +69,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--repeats", type=_op_options.repeats, default=10, help="timed calls; the median and percentiles are kept"
     )
     parser.add_argument("--results", type=results_path, metavar="FILE", help="write the records to this .json or .csv")
-    parser.add_argument("--plot", type=picture_path, metavar="FILE", help="draw speed over input size or length")
+    parser.add_argument(
+        "--plot", type=picture_path, metavar="FILE", help="draw images per second, or with --op time over length"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Measures, prints a table, writes the records and the plot."""
-    if args.op == bool(args.models):
-        raise UsageError("expected either models or --op, got " + ("both" if args.op else "neither"))
+    asked = [name for name, value in (("models", args.models), ("--op", args.op), ("--loader", args.loader)) if value]
+    if len(asked) != 1:
+        raise UsageError(f"expected models, --op or --loader DATA, got {' and '.join(asked) or 'none of them'}")
+    if args.loader and args.plot:
+        raise UsageError("--plot draws models or --op, not --loader")
     if args.threads:
         torch.set_num_threads(args.threads)
     device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"--device {device}: time and memory are known exactly on cpu and cuda only")
     with use_backend(args.backend) if args.backend else nullcontext():
-        records = _benchmark_op(args, device) if args.op else _benchmark_models(args, device)
+        measure = _benchmark_op if args.op else _benchmark_loader if args.loader else _benchmark_models
+        records = measure(args, device)
     if args.results:
         write_results(args.results, records)
     if args.plot:
-        (plot_op if args.op else _plot_models)(args.plot, records)
+        (plot_op if args.op else plot_throughput)(args.plot, records)
     return 0
 
 
@@ -106,6 +125,34 @@ def _add_op_arguments(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def _add_loader_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("reading images")
+    group.add_argument(
+        "--loader",
+        type=Path,
+        metavar="DATA",
+        help="measure the loaders of vssm and of timm on a data set, as vssm train",
+    )
+    group.add_argument("--workers", type=count, default=2, metavar="N", help="processes that read images")
+    group.add_argument("--images", type=positive_int, default=2048, metavar="N", help="images of a pass at most")
+    add_data_arguments(parser, training=True)
+
+
+def _benchmark_loader(args: argparse.Namespace, device: torch.device) -> list[dict]:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    setting = LoaderSetting(
+        device=device,
+        batch_size=args.batch_size or 64,
+        workers=args.workers,
+        img_size=(args.img_size or [(224, 224)])[0],
+        repeats=args.repeats,
+        images=args.images,
+    )
+    records = benchmark_loader(args.loader, setting, options=data_options(args))
+    print_table(records, _LOADER_COLUMNS)
+    return records
+
+
 def _benchmark_models(args: argparse.Namespace, device: torch.device) -> list[dict]:
     setting = Setting(
         device=device,
@@ -116,7 +163,8 @@ def _benchmark_models(args: argparse.Namespace, device: torch.device) -> list[di
         warmup=args.warmup,
         repeats=args.repeats,
     )
-    records = benchmark_models(args.models, setting, img_sizes=args.img_size or [None])
+    keep = partial(write_results, args.results) if args.results else None
+    records = benchmark_models(expand_names(args.models), setting, img_sizes=args.img_size or [None], keep=keep)
     print_table(records, _MODEL_COLUMNS + (_TRAIN_COLUMNS if args.train else []))
     return records
 
@@ -134,15 +182,6 @@ def _benchmark_op(args: argparse.Namespace, device: torch.device) -> list[dict]:
     columns = _OP_COLUMNS | (_AGAINST_COLUMNS if args.against else {}) | (_ANCHOR_COLUMNS if args.anchors else {})
     print_table([{head: record.get(key) for head, key in columns.items()} for record in records], list(columns))
     return records
-
-
-def _plot_models(path: str, records: list[dict]) -> None:
-    series: dict[str, tuple[list, list]] = {}
-    for record in records:
-        sizes, rates = series.setdefault(record["model"], ([], []))
-        sizes.append(record["img_size"][0])
-        rates.append(record["images_per_s"])
-    line_plot(path, series, xlabel="image height in pixels", ylabel="images per second", title="Inference", logy=True)
 
 
 def _image_sizes(text: str) -> list[tuple[int, int]]:

@@ -2,6 +2,6 @@
 
 from vssm.data.digits import open_digits
 from vssm.data.images import LabelledImages
-from vssm.data.sources import DataOptions, data_id, open_dataset, open_images
+from vssm.data.sources import DataOptions, Split, data_id, open_dataset, open_images
 
-__all__ = ["DataOptions", "LabelledImages", "data_id", "open_dataset", "open_digits", "open_images"]
+__all__ = ["DataOptions", "LabelledImages", "Split", "data_id", "open_dataset", "open_digits", "open_images"]

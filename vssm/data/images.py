@@ -129,8 +129,6 @@ def read_image(path: str | os.PathLike, *, channels: int = 3) -> Image.Image:
         UnreadableImage: It is no image, is damaged, or would decode to more than Pillow's limit of pixels.
         ValueError: ``channels`` is something else.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such image file")
     return decode_image(path, name=str(path), channels=channels)
 
 
@@ -146,6 +144,7 @@ def decode_image(file: str | os.PathLike | IO[bytes], *, name: str, channels: in
         The decoded image, of mode ``"L"`` or ``"RGB"``.
 
     Raises:
+        FileNotFoundError: There is no such file.
         UnreadableImage: It is no image, is damaged, or would decode to more than Pillow's limit of pixels.
         ValueError: ``channels`` is something else.
     """
@@ -156,6 +155,8 @@ def decode_image(file: str | os.PathLike | IO[bytes], *, name: str, channels: in
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(file) as image:
                 return image.convert(_MODES[channels])
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{name}: no such image file") from None
     except _DAMAGED as error:
         reason = re.sub(r" ('.*'|<_io.*>)$", "", f"{error}") or type(error).__name__
         raise UnreadableImage(f"{name}: not a readable image ({reason})") from error

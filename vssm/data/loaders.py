@@ -1,24 +1,26 @@
 """Batches for training and evaluation, on timm's transforms; files that cannot be read are left out and counted."""
 
 import logging
-import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import chain
+from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
-from timm.data import auto_augment, create_transform
+from timm.data import create_transform
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data.distributed_sampler import RepeatAugSampler
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, get_worker_info
 
 from vssm.data.images import LabelledImages, UnreadableImage
-from vssm.data.randomness import Purpose, seed_for, seeded
-from vssm.data.sampling import ALONE, Draw, EvaluationBatches, Share, TrainingBatches
+from vssm.data.pixels import Erased, Normalise, Pixels, PixelTransform, collate_pixels
+from vssm.data.policies import allow_no_bits
 
 _logger = logging.getLogger(__name__)
+_CPU = torch.device("cpu")
 _TOLERATED = 0.01  # share of unreadable files that an epoch may have
 
 
@@ -50,6 +52,12 @@ class InputConfig:
         size = (options.pop("channels"), options.pop("height"), options.pop("width"))
         return create_transform(size, is_training=False, **options)
 
+    def pixel_transform(self) -> PixelTransform:
+        """The same without the normalisation, which loaders leave to the device."""
+        options = asdict(self)
+        size = (options.pop("channels"), options.pop("height"), options.pop("width"))
+        return PixelTransform(create_transform(size, is_training=False, use_prefetcher=True, **options))
+
 
 @dataclass(frozen=True)
 class Augmentation:
@@ -73,8 +81,8 @@ class Augmentation:
     interpolation: str = "random"
     repeats: int = 1
 
-    def transform(self, config: InputConfig) -> Any:
-        """The transform of training: an image to a tensor (channels, height, width).
+    def transform(self, config: InputConfig) -> PixelTransform:
+        """The transform of training, without the normalisation, which loaders leave to the device.
 
         Raises:
             ValueError: timm does not know the policy.
@@ -84,8 +92,8 @@ class Augmentation:
         except AssertionError as error:  # with which timm refuses policies
             raise ValueError(f"--aa {self.aa}: {error}; expected a policy such as rand-m9-mstd0.5-inc1") from error
 
-    def _transform(self, config: InputConfig) -> Any:
-        transform: Any = create_transform(
+    def _transform(self, config: InputConfig) -> PixelTransform:
+        transform = create_transform(
             (config.channels, config.height, config.width),
             is_training=True,
             scale=self.scale,
@@ -94,27 +102,20 @@ class Augmentation:
             auto_augment=self.aa or None,
             interpolation=self.interpolation,
             mean=config.mean,
-            std=config.std,
-            re_prob=self.reprob,
-            re_mode="pixel",
+            use_prefetcher=True,  # which is to say: without normalisation and erasing
         )
-        for policy in transform.transforms:
-            for each in [*getattr(policy, "ops", ()), *chain(*getattr(policy, "policy", ()))]:
-                if each.aug_fn is auto_augment.posterize:
-                    each.aug_fn = _posterize
-        return transform
+        allow_no_bits(transform)
+        return PixelTransform(transform, reprob=self.reprob)
 
 
-def _posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
-    """timm's, but that 0 bits, to which a policy sometimes comes, make a black image; Pillow 13 refuses them."""
-    return auto_augment.posterize(image, bits, **options) if bits > 0 else Image.new(image.mode, image.size)
+_Item = tuple[Pixels, int, int] | str  # pixels, target and place of an image, or why there are none
 
 
 class Batch(NamedTuple):
     """What a loader yields.
 
     Args:
-        images: (b, c, h, w).
+        images: Normalised (b, c, h, w).
         targets: Class indices (b,).
         indices: Places of the images in the data set (b,).
         unreadable: Why files were left out, one message each.
@@ -127,9 +128,9 @@ class Batch(NamedTuple):
 
 
 class _Transformed(Dataset):
-    """Tensors of images, or the reason why there is none."""
+    """Pixels of images, or the reason why there are none."""
 
-    def __init__(self, images: LabelledImages, *, channels: int, transform: Any) -> None:
+    def __init__(self, images: LabelledImages, *, channels: int, transform: PixelTransform) -> None:
         self.images = images
         self.channels = channels
         self.transform = transform
@@ -137,27 +138,12 @@ class _Transformed(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int, int] | str:
+    def __getitem__(self, index: int) -> _Item:
         try:
             image: Image.Image = self.images.load(index, channels=self.channels)
         except UnreadableImage as error:
             return str(error)
         return self.transform(image), self.images.targets[index], index
-
-
-class _Augmented(Dataset):
-    """Tensors of randomly changed images, by `Draw`, on whose epoch and place alone the changes depend."""
-
-    def __init__(self, transformed: _Transformed, *, seed: int) -> None:
-        self.transformed = transformed
-        self.seed = seed
-
-    def __len__(self) -> int:
-        return len(self.transformed)
-
-    def __getitem__(self, draw: Draw) -> tuple[Tensor, int, int] | str:
-        with seeded(seed_for(Purpose.AUGMENTATION, self.seed, draw.epoch, draw.place)):
-            return self.transformed[draw.image]
 
 
 def train_loader(
@@ -166,46 +152,40 @@ def train_loader(
     augmentation: Augmentation,
     *,
     batch_size: int,
-    seed: int,
-    share: Share = ALONE,
     workers: int = 0,
     pin_memory: bool = False,
+    device: torch.device = _CPU,
 ) -> DataLoader:
-    """Batches in a random order; ``loader.batch_sampler.begin(epoch, step)`` says of which epoch, and from which on.
-
-    What an image of a batch looks like depends on seed, epoch and its place in the epoch's order, not on ``workers``,
-    nor on how many processes share a batch, nor on where an epoch begins.
+    """Batches in a random order, which ``loader.sampler.set_epoch(n)`` chooses; the rest of an epoch is dropped.
 
     Args:
         images: Training images.
         config: Input of the model.
         augmentation: Random changes.
-        batch_size: Images per batch, of all processes together; all images when there are fewer.
-        seed: Of the order and of the random changes.
-        share: Part of every batch that this process takes.
+        batch_size: Images per batch; all of them when there are fewer.
         workers: Processes that read images; 0 to read in this one.
         pin_memory: Put batches where a GPU can fetch them.
+        device: Where batches are normalised, and then are.
 
     Returns:
         A loader of `Batch`.
-
-    Raises:
-        ValueError: A process would get no image of a batch.
     """
-    transformed = _Transformed(images, channels=config.channels, transform=augmentation.transform(config))
-    batches = TrainingBatches(len(images), batch_size=batch_size, seed=seed, repeats=augmentation.repeats, share=share)
-    if batches.batch_size < share.ranks:
-        raise ValueError(
-            f"train: expected at least as many images in a batch as the {share.ranks} processes, "
-            f"got {batches.batch_size}"
-        )
-    return DataLoader(
-        _Augmented(transformed, seed=seed),
-        batch_sampler=batches,
+    dataset = _Transformed(images, channels=config.channels, transform=augmentation.transform(config))
+    sampler: RepeatAugSampler | DistributedSampler = (
+        RepeatAugSampler(dataset, num_replicas=1, rank=0, num_repeats=augmentation.repeats)
+        if augmentation.repeats > 1
+        else DistributedSampler(dataset, num_replicas=1, rank=0)
+    )
+    return _Loader(
+        dataset,
+        config=config,
+        device=device,
+        batch_size=min(batch_size, len(sampler)),
+        sampler=sampler,
+        drop_last=True,
         num_workers=workers,
         pin_memory=pin_memory,
-        collate_fn=_Collate(config),
-        worker_init_fn=_leave_signals_to_the_run,
+        worker_init_fn=_seed_numpy,
     )
 
 
@@ -214,22 +194,18 @@ def eval_loader(
     config: InputConfig,
     *,
     batch_size: int,
-    share: Share = ALONE,
     workers: int = 0,
     pin_memory: bool = False,
+    device: torch.device = _CPU,
 ) -> DataLoader:
-    """Batches of all images in their order, without random changes.
-
-    Processes that share the images get equally many batches, the last of which may be empty; no image comes twice.
-    Arguments as in `train_loader`, but that ``batch_size`` counts the images of this process.
-    """
-    return DataLoader(
-        _Transformed(images, channels=config.channels, transform=config.transform()),
-        batch_sampler=EvaluationBatches(len(images), batch_size=batch_size, share=share),
+    """Batches of all images in their order, without random changes; arguments as in `train_loader`."""
+    return _Loader(
+        _Transformed(images, channels=config.channels, transform=config.pixel_transform()),
+        config=config,
+        device=device,
+        batch_size=batch_size,
         num_workers=workers,
         pin_memory=pin_memory,
-        collate_fn=_Collate(config),
-        worker_init_fn=_leave_signals_to_the_run,
     )
 
 
@@ -271,22 +247,49 @@ class ReadingCheck:
             )
 
 
-class _Collate:
-    """Makes a `Batch` of what was read; one of no images has (0, channels, height, width)."""
+class _RawBatch(NamedTuple):
+    """A batch before its normalisation."""
 
-    def __init__(self, config: InputConfig) -> None:
-        self.shape = (config.channels, config.height, config.width)
-
-    def __call__(self, items: Sequence[tuple[Tensor, int, int] | str]) -> Batch:
-        readable = [item for item in items if not isinstance(item, str)]
-        unreadable = [item for item in items if isinstance(item, str)]
-        images = torch.stack([image for image, _, _ in readable]) if readable else torch.empty(0, *self.shape)
-        targets = torch.tensor([target for _, target, _ in readable], dtype=torch.long)
-        indices = torch.tensor([index for _, _, index in readable], dtype=torch.long)
-        return Batch(images, targets, indices, unreadable)
+    values: Tensor
+    erased: list[Erased]
+    targets: Tensor
+    indices: Tensor
+    unreadable: list[str]
 
 
-def _leave_signals_to_the_run(worker: int) -> None:
-    """Lets a worker go on at signals that reach every process, as Ctrl-C does: the run ends its epoch's step first."""
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signal.SIG_IGN)
+class _Loader(DataLoader):
+    """A loader of `Batch` that normalises where the model computes.
+
+    Args:
+        dataset: Of `_Item`.
+        config: Input of the model.
+        device: Where to normalise.
+        options: Of `DataLoader`.
+    """
+
+    def __init__(self, dataset: Dataset, *, config: InputConfig, device: torch.device, **options: Any) -> None:
+        shape = (config.channels, config.height, config.width)
+        super().__init__(dataset, collate_fn=partial(_collate, shape=shape), **options)
+        self._normalise = Normalise(config.mean, config.std, device=device)
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  DataLoader names its own class
+        return map(self._finish, super().__iter__())
+
+    def _finish(self, raw: _RawBatch) -> Batch:
+        return Batch(self._normalise(raw.values, raw.erased), raw.targets, raw.indices, raw.unreadable)
+
+
+def _collate(items: Sequence[_Item], *, shape: tuple[int, int, int]) -> _RawBatch:
+    readable = [item for item in items if not isinstance(item, str)]
+    unreadable = [item for item in items if isinstance(item, str)]
+    values, erased = collate_pixels([pixels for pixels, _, _ in readable], shape=shape)
+    targets = torch.tensor([target for _, target, _ in readable], dtype=torch.long)
+    indices = torch.tensor([index for _, _, index in readable], dtype=torch.long)
+    return _RawBatch(values, erased, targets, indices, unreadable)
+
+
+def _seed_numpy(worker: int) -> None:
+    """Gives numpy the worker's seed, as torch has done for its own and Python's generator."""
+    info = get_worker_info()
+    assert info is not None, f"worker {worker} is a worker"
+    np.random.seed(info.seed % 2**32)

@@ -117,7 +117,8 @@ def open_images(
     for path in [os.fspath(each) for each in paths]:
         listing = _list_all(path, options)
         called = names or listing.class_names
-        targets = [_place(label, places, called, count) for label in listing.labels]
+        labels = listing.labels if options.val_labels is None else read_labels(options.val_labels, listing.names)
+        targets = [_place(label, places, called, count) for label in labels]
         classes = [*map(str, range(count))]
         parts.append(listing.create(source=listing.source, classes=classes, targets=targets))
     return parts[0] if len(parts) == 1 else JoinedImages(parts)

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vssm.engine.memory import halving
+from vssm.engine.memory import halving, release
 from vssm.engine.records import environment
 from vssm.engine.timing import measure_memory, measure_time
-from vssm.engine.zoo import count_parameters, create_by_name, input_size
+from vssm.engine.zoo import count_parameters, create_by_name, input_size, package_of
+from vssm_kernels.backend import backend_name
 
 
 class Setting(NamedTuple):
@@ -43,7 +44,11 @@ class Setting(NamedTuple):
 
 
 def benchmark_models(
-    names: Sequence[str], setting: Setting, *, img_sizes: Sequence[tuple[int, int] | None] = (None,)
+    names: Sequence[str],
+    setting: Setting,
+    *,
+    img_sizes: Sequence[tuple[int, int] | None] = (None,),
+    keep: Callable[[list[dict]], None] | None = None,
 ) -> list[dict]:
     """Measures models on random images.
 
@@ -54,9 +59,11 @@ def benchmark_models(
         names: Models of vssm or timm.
         setting: How to measure.
         img_sizes: Input heights and widths in pixels; ``None`` is the model's own.
+        keep: Called with all records so far after each, such as to write them.
 
     Returns:
-        One record per model and size: ``model``, ``img_size``, ``params_m``, ``amp_dtype``, ``compile``;
+        One record per model and size: ``model``, ``package`` (vssm or timm), ``img_size``, ``params_m``, ``amp_dtype``,
+        ``compile``, ``scan_backend`` (of vssm's models), ``warmup`` and ``repeats``;
         ``latency_ms`` of one image; ``batch_size``, ``images_per_s`` and ``peak_memory_mib`` of inference, the same
         with ``train_`` before it of training if asked for; 10th and 90th percentiles of all times and rates; and the
         environment.
@@ -65,7 +72,14 @@ def benchmark_models(
         ValueError: A name is unknown, a model does not take a size, or one image does not fit into memory.
     """
     surroundings = environment(setting.device)
-    return [_benchmark(name, size, setting) | surroundings for size in img_sizes for name in names]
+    records: list[dict] = []
+    for size in img_sizes:
+        for name in names:
+            records.append(_benchmark(name, size, setting) | surroundings)
+            release()
+            if keep is not None:
+                keep(records)
+    return records
 
 
 def _benchmark(name: str, size: tuple[int, int] | None, setting: Setting) -> dict:
@@ -73,12 +87,17 @@ def _benchmark(name: str, size: tuple[int, int] | None, setting: Setting) -> dic
     model = create_by_name(name, img_size=size).to(setting.device)
     channels, height, width = input_size(model)
     shape = (channels, *(size or (height, width)))
+    package = package_of(name)
     record = {
         "model": name,
+        "package": package,
         "img_size": list(shape[1:]),
         "params_m": count_parameters(model) / 1e6,
         "amp_dtype": str(setting.amp_dtype).removeprefix("torch.") if setting.amp_dtype else None,
         "compile": setting.compile,
+        "scan_backend": backend_name(setting.device.type) if package == "vssm" else None,
+        "warmup": setting.warmup,
+        "repeats": setting.repeats,
     }
     network = torch.compile(model) if setting.compile else model
     record |= _measure_inference(network, shape, setting)

@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -14,8 +14,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from vssm.data import DataOptions, LabelledImages, open_dataset
-from vssm.data.loaders import Batch, ReadingCheck, eval_loader
-from vssm.engine import distributed
+from vssm.data.loaders import ReadingCheck, eval_loader
 from vssm.engine.classifier import Classifier
 from vssm.engine.memory import halving
 from vssm.engine.tallies import PerClass, RealLabels, Tally, read_real_labels, real_labels_of
@@ -29,9 +28,8 @@ def evaluate(
     device: torch.device,
     amp_dtype: torch.dtype | None = None,
     tallies: Sequence[Tally] = (),
-    after_batch: Callable[[], None] | None = None,
 ) -> dict[str, float | int]:
-    """Runs a model over all images of a loader, or of the loaders of processes that share the images.
+    """Runs a model over all images of a loader.
 
     Args:
         model: Maps images to logits; it is put into evaluation mode and back.
@@ -39,8 +37,7 @@ def evaluate(
         source: Where the images come from, for messages.
         device: Where to compute; the model is there.
         amp_dtype: Half precision for autocast; float32 when not given.
-        tallies: What else counts the answers, of this process.
-        after_batch: Called after every batch; what it raises ends the evaluation.
+        tallies: What else counts the answers.
 
     Returns:
         ``top1`` and ``top5`` in percent, ``loss`` (mean cross-entropy in nats), the counts ``images``,
@@ -54,18 +51,18 @@ def evaluate(
     check = ReadingCheck(source, len(loader.dataset))  # type: ignore[arg-type]  ours have a length
     counts = torch.zeros(4, dtype=torch.float64)
     start = time.perf_counter()
-    shown = sys.stderr.isatty() and distributed.is_main()
-    for batch in tqdm(loader, desc="evaluating", leave=False, disable=not shown):
+    for batch in tqdm(loader, desc="evaluating", leave=False, disable=not sys.stderr.isatty()):
         check.update(batch)
-        logits = _logits(model, batch, device, amp_dtype)
-        counts += _count(logits, batch.targets)
-        for tally in tallies:
-            tally.update(logits, batch)
-        if after_batch is not None:
-            after_batch()
+        if len(batch.targets):
+            with torch.inference_mode(), autocast(device, amp_dtype):
+                logits = model(batch.images.to(device, non_blocking=True))
+            logits = logits.float().cpu()
+            counts += _count(logits, batch.targets)
+            for tally in tallies:
+                tally.update(logits, batch)
     check.warn()
     model.train(training)
-    images, top1, top5, loss, unreadable = distributed.summed(*counts.tolist(), len(check.unreadable))
+    images, top1, top5, loss = counts.tolist()
     return {
         "top1": 100 * top1 / images,
         "top5": 100 * top5 / images,
@@ -73,7 +70,7 @@ def evaluate(
         "images": int(images),
         "correct_top1": int(top1),
         "correct_top5": int(top5),
-        "unreadable": int(unreadable),
+        "unreadable": len(check.unreadable),
         "images_per_s": images / (time.perf_counter() - start),
     }
 
@@ -118,7 +115,12 @@ def validate(
 
     def work(size: int) -> dict[str, Any]:
         loader = eval_loader(
-            images, classifier.config, batch_size=size, workers=workers, pin_memory=device.type == "cuda"
+            images,
+            classifier.config,
+            batch_size=size,
+            workers=workers,
+            pin_memory=device.type == "cuda",
+            device=device,
         )
         real, classes = None if right is None else RealLabels(right), PerClass(names) if per_class else None
         tallies = [tally for tally in (real, classes) if tally is not None]
@@ -160,18 +162,6 @@ def open_for(
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager:
     """Half precision where that is safe; nothing when ``dtype`` is None."""
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
-
-
-def _logits(model: nn.Module, batch: Batch, device: torch.device, amp_dtype: torch.dtype | None) -> Tensor:
-    """Logits (b, classes) of a batch, on the CPU.
-
-    A model that is cut into parts needs all processes to run it: one without images of its own runs on a blank.
-    """
-    images = batch.images if len(batch.targets) else batch.images.new_zeros(1, *batch.images.shape[1:])
-    # Not in inference_mode: sharded parameters are gathered into buffers that training uses again.
-    with torch.no_grad(), autocast(device, amp_dtype):
-        logits = model(images.to(device, non_blocking=True))
-    return logits.float().cpu()[: len(batch.targets)]
 
 
 def _count(logits: Tensor, targets: Tensor) -> Tensor:

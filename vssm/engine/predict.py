@@ -77,7 +77,12 @@ def predict(
 
     def work(size: int) -> list[dict[str, Any]]:
         loader = eval_loader(
-            images, classifier.config, batch_size=size, workers=workers, pin_memory=device.type == "cuda"
+            images,
+            classifier.config,
+            batch_size=size,
+            workers=workers,
+            pin_memory=device.type == "cuda",
+            device=device,
         )
         check = ReadingCheck(images.source, len(images))
         records = []

@@ -24,11 +24,28 @@ _PLAINMAMBA = "Yang et al., 2024, arXiv:2403.17695; parameters without the class
 _MSVMAMBA = "README of YuHengsss/MSVMamba; Shi et al., 2024, arXiv:2405.14174"
 _EFFICIENTVMAMBA = "README of TerryPei/EfficientVMamba; Pei et al., 2024, arXiv:2403.09977"
 _LOCALMAMBA = "Huang et al., 2024, arXiv:2403.09338"
+_A2MAMBA = "README of LMMMEng/A2Mamba; Lou et al., 2025, arXiv:2507.16624"
+_GROUPMAMBA = "README of Amshaker/GroupMamba; Shaker et al., 2024, arXiv:2407.13772"
+_MAMBAVISION = "README of NVlabs/MambaVision; Hatamizadeh and Kautz, 2024, arXiv:2407.08083"
 
 PUBLISHED = {
+    "a2mamba_nano": Published(4, 0.8, _A2MAMBA),
+    "a2mamba_tiny": Published(15, 2.7, _A2MAMBA),
+    "a2mamba_small": Published(31, 5.4, _A2MAMBA),
+    "a2mamba_base": Published(51, 10.7, _A2MAMBA),
+    "a2mamba_large": Published(95, 17.4, _A2MAMBA),
     "efficientvmamba_tiny": Published(6, 0.8, _EFFICIENTVMAMBA),
     "efficientvmamba_small": Published(11, 1.3, _EFFICIENTVMAMBA),
     "efficientvmamba_base": Published(33, 4.0, _EFFICIENTVMAMBA),
+    "groupmamba_tiny": Published(23, 4.5, _GROUPMAMBA),
+    "groupmamba_small": Published(34, 7.0, _GROUPMAMBA),
+    "groupmamba_base": Published(57, 14, _GROUPMAMBA),
+    "mambavision_tiny": Published(31.8, 4.4, _MAMBAVISION),
+    "mambavision_tiny2": Published(35.1, 5.1, _MAMBAVISION),
+    "mambavision_small": Published(50.1, 7.5, _MAMBAVISION),
+    "mambavision_base": Published(97.7, 15.0, _MAMBAVISION),
+    "mambavision_large": Published(227.9, 34.9, _MAMBAVISION),
+    "mambavision_large2": Published(241.5, 37.5, _MAMBAVISION),
     "msvmamba_nano": Published(7, 0.9, _MSVMAMBA),
     "msvmamba_micro": Published(12, 1.5, _MSVMAMBA),
     "msvmamba_tiny": Published(33, 4.6, _MSVMAMBA),

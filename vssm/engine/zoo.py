@@ -1,5 +1,6 @@
 """Models by name for the commands: those of vssm, and timm's as peers to compare with."""
 
+from collections.abc import Sequence
 from fnmatch import fnmatch
 from typing import Any
 
@@ -23,9 +24,7 @@ def create_by_name(name: str, *, img_size: tuple[int, int] | None = None) -> nn.
     Raises:
         ValueError: The name is unknown, or the model takes no other input size.
     """
-    architecture = name.partition(".")[0]
-    peer = timm.is_model(architecture) and architecture not in vssm.list_models()
-    model = timm.create_model(name) if peer else vssm.create_model(name)
+    model = vssm.create_model(name)
     if img_size is None or img_size == input_size(model)[1:]:
         return model
     if hasattr(model, "set_input_size"):
@@ -35,6 +34,26 @@ def create_by_name(name: str, *, img_size: tuple[int, int] | None = None) -> nn.
         height, width = input_size(model)[1:]
         raise ValueError(f"{name} takes images of {height}x{width} only, got {img_size[0]}x{img_size[1]}")
     return model
+
+
+def expand_names(names: Sequence[str]) -> list[str]:
+    """Names with patterns such as ``vim_*`` replaced by the models of vssm and timm that match, each name once.
+
+    Raises:
+        ValueError: No model matches a pattern.
+    """
+    found: list[str] = []
+    for name in names:
+        matching = timm.list_models(name) if set(name) & set("*?[") else [name]
+        if not matching:
+            raise ValueError(f"no model matches {name!r}; those of vssm are {', '.join(vssm.list_models())}")
+        found += matching
+    return list(dict.fromkeys(found))
+
+
+def package_of(name: str) -> str:
+    """The package that a model belongs to: ``vssm`` or ``timm``."""
+    return "vssm" if name.partition(".")[0] in vssm.list_models() else "timm"
 
 
 def input_size(model: nn.Module) -> tuple[int, int, int]:

@@ -13,6 +13,8 @@ class MixerBlock(nn.Module):
         drop_path: Probability of leaving a branch out for a sample in training.
     """
 
+    token_prunable = True
+
     def __init__(self, mixer: nn.Module, norm1: nn.Module, *, drop_path: float = 0.0) -> None:
         super().__init__()
         self.norm1 = norm1
@@ -37,6 +39,8 @@ class MixerMlpBlock(MixerBlock):
         drop_path: Probability of leaving a branch out for a sample in training.
     """
 
+    token_prunable = True
+
     def __init__(
         self, mixer: nn.Module, norm1: nn.Module, *, mlp: nn.Module, norm2: nn.Module, drop_path: float = 0.0
     ) -> None:
@@ -52,3 +56,19 @@ class MixerMlpBlock(MixerBlock):
     def feed(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """The second branch, mlp(norm2(x)), of tokens (b, l, c) in raster order of a grid ``size`` = (h, w)."""
         return self.mlp(self.norm2(x))
+
+
+class MixerFfnBlock(MixerMlpBlock):
+    """x + mixer(norm1(x)), then x + mlp(norm2(x)), with a feed-forward network that sees the grid.
+
+    Args:
+        mixer: Maps tokens (b, l, c) and their grid's ``size`` to tokens.
+        norm1: Norm before it.
+        mlp: Maps tokens (b, l, c) and their grid's ``size`` to tokens.
+        norm2: Norm before the feed-forward network.
+        drop_path: Probability of leaving a branch out for a sample in training.
+    """
+
+    def feed(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """The second branch, mlp(norm2(x)), of tokens (b, l, c) in raster order of a grid ``size`` = (h, w)."""
+        return self.mlp(self.norm2(x), size)

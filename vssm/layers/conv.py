@@ -15,16 +15,18 @@ class TokenConv(nn.Module):
 
     Args:
         dim: Channels d.
-        kernel_size: Side of the kernel, odd.
+        kernel_size: Side of the kernel, odd, or its rows and columns. A sequence is a grid of one row.
         stride: Tokens from one result to the next along each side of the grid.
         bias: Whether to add a bias per channel.
     """
 
-    def __init__(self, dim: int, kernel_size: int = 3, *, stride: int = 1, bias: bool = True) -> None:
+    def __init__(self, dim: int, kernel_size: int | tuple[int, int] = 3, *, stride: int = 1, bias: bool = True) -> None:
         super().__init__()
-        if kernel_size % 2 == 0:
+        rows, columns = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
+        if rows % 2 == 0 or columns % 2 == 0:
             raise ValueError(f"TokenConv: kernel_size must be odd to keep the grid's size, got {kernel_size}")
-        self.conv = nn.Conv2d(dim, dim, kernel_size, stride=stride, padding=kernel_size // 2, groups=dim, bias=bias)
+        padding = rows // 2, columns // 2
+        self.conv = nn.Conv2d(dim, dim, (rows, columns), stride=stride, padding=padding, groups=dim, bias=bias)
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """Convolves tokens on their grid.

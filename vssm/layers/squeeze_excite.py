@@ -34,5 +34,9 @@ class TokenSqueezeExcite(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Gates tokens (b, l, c)."""
+        return x * self.gate(x)
+
+    def gate(self, x: Tensor) -> Tensor:
+        """The gates (b, 1, c) that tokens (b, l, c) give, for these or for others."""
         pooled = self.norm(x).mean(1, keepdim=True)  # (b, 1, c)
-        return x * torch.sigmoid(self.expand(self.act(self.reduce(pooled))))
+        return torch.sigmoid(self.expand(self.act(self.reduce(pooled))))

@@ -29,6 +29,8 @@ class SS2D(nn.Module):
         Liu et al., "VMamba", 2024, section 4, https://arxiv.org/abs/2401.10166
     """
 
+    token_prunable = True
+
     def __init__(
         self,
         d_model: int,

@@ -124,3 +124,15 @@ class SelectiveSSM(nn.Module):
             projected = torch.einsum("blkd,kcd->blkc", x, weight)
         dt, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         return dt, B, C
+
+
+class TwiceBiasedSSM(SelectiveSSM):
+    """State-space model whose steps are softplus(dt_weight·dt + 2·dt_bias), as trained weights of two families need.
+
+    In their official codes the layer that forms the step adds its bias, and the scan adds it once more.
+    """
+
+    @property
+    def step_bias(self) -> Tensor:
+        """Twice the bias, (k, d)."""
+        return 2 * self.dt_bias

@@ -1,7 +1,18 @@
 """The families; importing this package registers their models in timm."""
 
-from vssm.models import efficientvmamba, localmamba, msvmamba, plainmamba, vim, vmamba
+from vssm.models import (
+    a2mamba,
+    efficientvmamba,
+    groupmamba,
+    localmamba,
+    mambavision,
+    msvmamba,
+    plainmamba,
+    vim,
+    vmamba,
+)
 
 FAMILIES = tuple(
-    module.__name__.rpartition(".")[2] for module in (vim, vmamba, plainmamba, localmamba, msvmamba, efficientvmamba)
+    module.__name__.rpartition(".")[2]
+    for module in (vim, vmamba, plainmamba, localmamba, msvmamba, efficientvmamba, groupmamba, mambavision, a2mamba)
 )

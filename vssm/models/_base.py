@@ -18,7 +18,9 @@ from vssm.layers.stem import TokenStem
 
 # Parameters that say how fast states decay or where tokens are, and biases, which timm knows by their one dimension
 # while ours have one row per direction.
-_NOT_DECAYED = frozenset({"A_log", "D", "bias", "dt_bias", "cls_token", "pos_embed", "move_B"})
+_NOT_DECAYED = frozenset(
+    {"A_log", "D", "bias", "dt_bias", "cls_token", "pos_embed", "move_B", "rel_pos_bias", "global_pos_bias"}
+)
 
 
 class _Backbone(nn.Module):
@@ -59,22 +61,29 @@ class _Backbone(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks of one resolution: downsamples a map, then runs its blocks on the map's tokens.
+    """Blocks of one resolution: downsamples a map, runs its blocks on the map's tokens, and norms these.
 
     Args:
         blocks: Modules that map tokens (b, l, c) and the grid ``size`` = (h, w) to tokens (b, l, c).
         downsample: Maps (b, h, w, c) to a map of this stage's resolution and channels.
+        norm: Norm of the stage's result; none when not given.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], *, downsample: nn.Module | None = None) -> None:
+    def __init__(
+        self, blocks: Sequence[nn.Module], *, downsample: nn.Module | None = None, norm: nn.Module | None = None
+    ) -> None:
         super().__init__()
         self.downsample = downsample or nn.Identity()
         self.blocks = nn.ModuleList(blocks)
+        self.norm = norm or nn.Identity()
         self.grad_checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (b, h, w, c) to (b, h', w', c')."""
-        x = self.downsample(x)
+        return self.norm(self.run_blocks(self.downsample(x)))
+
+    def run_blocks(self, x: Tensor) -> Tensor:
+        """Maps (b, h, w, c) to a map of the same shape."""
         size = (x.shape[1], x.shape[2])
         tokens = x.flatten(1, 2)
         for block in self.blocks:
@@ -118,6 +127,8 @@ class GridBackbone(_Backbone):
         dims: Channels after each stage.
         strides: Pixels per map cell after each stage.
         norm: Norm of the last map, before pooling.
+        head_layer: Makes what pools and classifies, a `ClassifierHead` with the number of pooled channels as its
+            ``in_features``, from the channels of the last map and the arguments of that class.
         num_classes: Classes of the classifier; 0 for none.
         in_chans: Channels of the images.
         global_pool: Pooling before the classifier, as timm names it.
@@ -134,6 +145,7 @@ class GridBackbone(_Backbone):
         dims: Sequence[int],
         strides: Sequence[int],
         norm: nn.Module,
+        head_layer: Callable[..., ClassifierHead] = ClassifierHead,
         num_classes: int = 1000,
         in_chans: int = 3,
         global_pool: str = "avg",
@@ -143,9 +155,9 @@ class GridBackbone(_Backbone):
         self.stem = stem
         self.stages = nn.ModuleList(stages)
         self.norm = norm
-        self.head = ClassifierHead(dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt="NHWC")
+        self.head = head_layer(dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, input_fmt="NHWC")
         self.num_features = dims[-1]
-        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
+        self.head_hidden_size = self.head.in_features * self.head.global_pool.feat_mult()
         self.feature_info = [
             {"num_chs": dim, "reduction": stride, "module": f"stages.{i}"}
             for i, (dim, stride) in enumerate(zip(dims, strides, strict=True))
@@ -227,7 +239,7 @@ class GridBackbone(_Backbone):
         self.head.reset(num_classes, global_pool)
         like = next(self.stages.parameters())  # of which older versions of timm make a new layer regardless
         self.head.to(device=like.device, dtype=like.dtype)
-        self.head_hidden_size = self.num_features * self.head.global_pool.feat_mult()
+        self.head_hidden_size = self.head.in_features * self.head.global_pool.feat_mult()
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes each block in the backward pass instead of storing its activations."""
@@ -237,7 +249,11 @@ class GridBackbone(_Backbone):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns that put every parameter into the group of its block, or of its stage if ``coarse``."""
-        blocks = [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None)]
+        blocks = [
+            (r"^stages\.(\d+)\.downsample", (0,)),
+            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+            (r"^stages\.(\d+)\.norm", (99999,)),
+        ]
         stages = [(r"^stages\.(\d+)", None)]
         return {"stem": r"^stem", "blocks": [*(stages if coarse else blocks), (r"^norm", (99999,))]}
 

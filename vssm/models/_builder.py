@@ -1,5 +1,6 @@
 """Builds a registered model: timm's builder with our reader of checkpoints."""
 
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from vssm import checkpoint
 
+_logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
 FilterFn = Callable[[dict[str, Tensor], Any], dict[str, Tensor]]
 _ADAPTABLE_CHANNELS = 3  # of the images of a checkpoint, for timm to make another number of them
@@ -104,6 +106,7 @@ def _weights(cfg: dict[str, Any], variant: str, cache_dir: str | Path | None) ->
     if cfg.get("hf_hub_id"):
         return {}
     if cfg.get("url"):
+        _warn_of_licence(cfg.get("license"), variant)
         return {"state_dict": checkpoint.read(checkpoint.download(cfg["url"], folder=cache_dir))}
     if cfg.get("tag"):
         raise ValueError(
@@ -116,6 +119,11 @@ def _weights(cfg: dict[str, Any], variant: str, cache_dir: str | Path | None) ->
     )
 
 
+def _warn_of_licence(licence: str | None, variant: str) -> None:
+    if "-nc" in (licence or ""):
+        _logger.warning("%s: the authors license these weights as %s, not for commercial use", variant, licence)
+
+
 def _filter(
     filter_fn: FilterFn, features_only: bool, state_dict: dict[str, Tensor], model: nn.Module
 ) -> dict[str, Tensor]:
@@ -126,11 +134,12 @@ def _filter(
     own = model.state_dict()
     adapted: list[str] = []
 
-    classifier = f"{cfg['classifier']}.weight"
+    classifiers = [cfg["classifier"]] if isinstance(cfg["classifier"], str) else cfg["classifier"]
+    classifier = f"{classifiers[0]}.weight"
     if classifier in converted:  # what the file has, which for one's own file is not what was published
         cfg["num_classes"] = converted[classifier].shape[0]
     if features_only or classifier not in own or cfg["num_classes"] != own[classifier].shape[0]:
-        adapted += [classifier, f"{cfg['classifier']}.bias"]
+        adapted += [f"{name}.{kind}" for name in classifiers for kind in ("weight", "bias")]
 
     first_conv = f"{cfg['first_conv']}.weight"
     if first_conv in converted and converted[first_conv].shape[2:] == own[first_conv].shape[2:]:

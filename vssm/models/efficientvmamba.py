@@ -15,15 +15,13 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, cast
 
-import torch
-import torch.nn.functional as F
 from timm.layers import DropPath
 from timm.models import generate_default_cfgs, register_model
 from timm.models._efficientnet_blocks import InvertedResidual, SqueezeExcite
 from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 
-from vssm.layers.grid import to_maps, to_tokens
+from vssm.layers.grid import pad_or_crop, to_maps, to_tokens
 from vssm.layers.init import init_linear_layers
 from vssm.layers.squeeze_excite import TokenSqueezeExcite
 from vssm.layers.ss2d import SS2D
@@ -45,20 +43,12 @@ class AtrousSS2D(SS2D):
     def scan(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """Scans tokens (b, l, d) of a grid ``size`` = (h, w); returns each token's result, (b, l, d)."""
         rows, columns = (size[0] + 1) // 2, (size[1] + 1) // 2
-        grid = _pad_or_crop(x.unflatten(1, size), 2 * rows, 2 * columns)
+        grid = pad_or_crop(x.unflatten(1, size), 2 * rows, 2 * columns)
         cells = grid.unflatten(2, (columns, 2)).unflatten(1, (rows, 2))  # (b, rows, 2, columns, 2, d)
         cells = cells.permute(0, 1, 3, 4, 2, 5).flatten(3, 4).flatten(1, 2)  # (b, rows·columns, 4, d)
         y = self.ssm(cells, scan_order("alternating", rows, columns, device=x.device), merge=False)
         y = y.unflatten(2, (2, 2)).unflatten(1, (rows, columns)).permute(0, 1, 4, 2, 3, 5)
-        return _pad_or_crop(y.flatten(3, 4).flatten(1, 2), *size).flatten(1, 2)
-
-
-def _pad_or_crop(grid: Tensor, height: int, width: int) -> Tensor:
-    """A map (b, h, w, c) with zeros added, or cells left out, at the right and bottom."""
-    missing = height - grid.shape[1], width - grid.shape[2]
-    if not torch.compiler.is_exporting() and missing == (0, 0):  # an exported program must take either way
-        return grid
-    return F.pad(grid, (0, 0, 0, missing[1], 0, missing[0]))
+        return pad_or_crop(y.flatten(3, 4).flatten(1, 2), *size).flatten(1, 2)
 
 
 class ConvBranch(nn.Module):

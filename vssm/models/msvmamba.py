@@ -22,9 +22,10 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models.swin_transformer import PatchMerging
 from torch import Tensor, nn
 
-from vssm.layers.block import MixerMlpBlock
+from vssm.layers.block import MixerFfnBlock
 from vssm.layers.conv import TokenConv
 from vssm.layers.downsample import ConvDownsample
+from vssm.layers.ffn import ConvFFN
 from vssm.layers.grid import to_maps, to_tokens
 from vssm.layers.init import init_linear_layers
 from vssm.layers.squeeze_excite import TokenSqueezeExcite
@@ -107,44 +108,15 @@ def _upsample(x: Tensor, size: tuple[int, int], mode: str) -> Tensor:
     return to_tokens(F.interpolate(to_maps(x, _halved(size)), size=size, mode=mode))
 
 
-class ConvFFN(nn.Module):
-    """Feed-forward network fc2(gelu(v + conv(v))), v = fc1(x), with a depthwise 3×3 convolution.
+class ResidualConvFFN(ConvFFN):
+    """Feed-forward network fc2(gelu(v + conv(v))), v = fc1(x), with a depthwise 3×3 convolution."""
 
-    Args:
-        dim: Channels of the tokens.
-        hidden_dim: Channels in between.
-    """
-
-    def __init__(self, dim: int, hidden_dim: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.conv = TokenConv(hidden_dim)
-        self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden_dim, dim)
-
-    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        """Maps tokens (b, l, c) in raster order of a grid ``size`` = (h, w) to tokens."""
-        x = self.fc1(x)
-        return self.fc2(self.act(x + self.conv(x, size)))
+    def convolve(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """Maps the hidden tokens (b, l, hidden_dim) to what is activated."""
+        return x + self.conv(x, size)
 
 
-class MSVMambaBlock(MixerMlpBlock):
-    """x + mixer(norm1(x)), then x + mlp(norm2(x)), with an MLP that sees the grid.
-
-    Args:
-        mixer: Maps tokens (b, l, c) and their grid's ``size`` to tokens.
-        norm1: Norm before it.
-        mlp: Maps tokens (b, l, c) and their grid's ``size`` to tokens.
-        norm2: Norm before the MLP.
-        drop_path: Probability of leaving a branch out for a sample in training.
-    """
-
-    def feed(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        """The second branch, mlp(norm2(x)), of tokens (b, l, c) in raster order of a grid ``size`` = (h, w)."""
-        return self.mlp(self.norm2(x), size)
-
-
-class MSVMambaV3Block(MSVMambaBlock):
+class MSVMambaV3Block(MixerFfnBlock):
     """x + mixer(norm1(x)), then x + norm2(mlp(x)): the second norm follows its branch."""
 
     def feed(self, x: Tensor, size: tuple[int, int]) -> Tensor:
@@ -189,7 +161,7 @@ class MSVMamba(GridBackbone):
         gate: bool = True,
         mlp_ratio: float = 2.0,
         mixer_layer: Callable[..., MultiScaleSS2D] = MultiScaleSS2D,
-        block_layer: Callable[..., MSVMambaBlock] = MSVMambaBlock,
+        block_layer: Callable[..., MixerFfnBlock] = MixerFfnBlock,
         stem_layer: Callable[[int, int], ConvStem | PatchStem] = _patch_stem,
         downsample_layer: Callable[[int, int], nn.Module] = PatchMerging,
         drop_rate: float = 0.0,
@@ -197,10 +169,10 @@ class MSVMamba(GridBackbone):
     ) -> None:
         dims = [embed_dim * 2**i for i in range(len(depths))]
 
-        def make_block(stage: int, drop_path: float) -> MSVMambaBlock:
+        def make_block(stage: int, drop_path: float) -> MixerFfnBlock:
             dim = dims[stage]
             mixer = mixer_layer(dim, d_state=d_state, expand=expand, gate=gate)
-            mlp = ConvFFN(dim, int(mlp_ratio * dim))
+            mlp = ResidualConvFFN(dim, int(mlp_ratio * dim))
             return block_layer(mixer, nn.LayerNorm(dim), mlp=mlp, norm2=nn.LayerNorm(dim), drop_path=drop_path)
 
         stem = stem_layer(in_chans, embed_dim)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from vssm.layers.block import MixerBlock
 from vssm.layers.conv import TokenConv
 from vssm.layers.init import init_linear_layers, init_ssm_as_linear
-from vssm.layers.ssm import SelectiveSSM
+from vssm.layers.ssm import TwiceBiasedSSM
 from vssm.layers.stem import TokenStem
 from vssm.models import _official_keys
 from vssm.models._base import TokenBackbone
@@ -69,7 +69,7 @@ class PlainMambaStem(TokenStem):
         return self.proj(x).permute(0, 2, 3, 1)
 
 
-class SnakeSSM(SelectiveSSM):
+class SnakeSSM(TwiceBiasedSSM):
     """State-space model that scans tokens in several directions with one parameter set, and knows their moves.
 
     At step s of a direction it computes h_s = exp(step_s·A)·h_{s−1} + step_s·(B_s + move_B[m])·x, y = C_s·h_s + D·x
@@ -87,38 +87,35 @@ class SnakeSSM(SelectiveSSM):
         trunc_normal_(self.move_B, std=0.02)
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  the moves cannot be left out
-        self, x: Tensor, order: Tensor, moves: Tensor
+        self, x: Tensor, order: Tensor, moves: Tensor, *, gap: Tensor | None = None
     ) -> Tensor:
         """Scans tokens and sums the directions.
 
         Args:
             x: Tokens (b, l, d).
-            order: Scan order (k, l).
-            moves: Moves (k, l) that lead to each step, as `scan_moves` numbers them.
+            order: Scan order (k, l), or (b, k, l) if samples differ.
+            moves: Moves that lead to each step, as `scan_moves` numbers them; of the shape of ``order``.
+            gap: Tokens dropped before each step, of the shape of ``order``; see `directional_scan`.
 
         Returns:
             (b, l, d), each token at its own place.
         """
         dt, B, C = self._project(x)  # (b, l, 1, ·)
-        k = order.shape[0]
+        k = order.shape[-2]
         y = directional_scan(
             x,
             dt.expand(-1, -1, k, -1),
             self._state_matrix().expand(k, -1, -1),
-            B + F.embedding(moves.T, self.move_B),
+            B + F.embedding(moves.transpose(-1, -2), self.move_B),
             C.expand(-1, -1, k, -1),
             self.D.expand(k, -1),
             dt_weight=self.dt_weight.expand(k, -1, -1),
             dt_bias=self.step_bias.expand(k, -1),
             order=order,
             params="step",
+            gap=gap,
         )
         return cast(Tensor, y)  # the last state, a second result, is not asked for
-
-    @property
-    def step_bias(self) -> Tensor:
-        """Twice the bias: in the official code the layer that forms the step adds it, and the scan once more."""
-        return 2 * self.dt_bias
 
 
 class PlainMambaMixer(nn.Module):
@@ -130,6 +127,8 @@ class PlainMambaMixer(nn.Module):
         d_conv: Side of the convolution's kernel, in tokens.
         expand: d_inner/d_model.
     """
+
+    token_prunable = True
 
     def __init__(self, d_model: int, *, d_state: int = 16, d_conv: int = 7, expand: int = 2) -> None:
         super().__init__()
@@ -155,6 +154,8 @@ class TokenConvNormAct(nn.Module):
         dim: Channels of the tokens.
     """
 
+    token_prunable = True
+
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.conv = TokenConv(dim, 3, bias=False)
@@ -175,6 +176,8 @@ class MixerConvBlock(MixerBlock):
         local_conv: Maps tokens and ``size`` to tokens.
         drop_path: Probability of leaving the mixer out for a sample in training.
     """
+
+    token_prunable = True
 
     def __init__(self, mixer: nn.Module, norm1: nn.Module, *, local_conv: nn.Module, drop_path: float = 0.0) -> None:
         super().__init__(mixer, norm1, drop_path=drop_path)

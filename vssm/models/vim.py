@@ -38,6 +38,8 @@ class VimMixer(nn.Module):
         expand: d_inner/d_model.
     """
 
+    token_prunable = True
+
     def __init__(self, d_model: int, *, d_state: int = 16, d_conv: int = 4, expand: int = 2) -> None:
         super().__init__()
         d_inner = expand * d_model

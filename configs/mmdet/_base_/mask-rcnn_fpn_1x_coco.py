@@ -1,0 +1,5 @@
+# Mask R-CNN for 12 epochs with 16 images a step, as VMamba and its relatives took it over from Swin.
+_base_ = "mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py"
+custom_imports = dict(imports=["vssm.openmmlab"], allow_failed_imports=False)
+custom_hooks = [dict(type="VSSMChannelCheck")]
+model = dict(backbone=dict(_delete_=True, type="VSSMBackbone", pretrained=True, out_norm=True))

@@ -1,0 +1,5 @@
+# Published by its authors: 41.6 / 38.2 box / mask AP on val2017.
+_base_ = "_base_/mask-rcnn_fpn_ms-crop-3x_coco.py"
+model = dict(
+    backbone=dict(model_name="efficientvmamba_small", drop_path_rate=0.1), neck=dict(in_channels=[64, 128, 256, 512])
+)

@@ -1,0 +1,5 @@
+# Published by its authors: 35.6 / 33.2 box / mask AP on val2017.
+_base_ = "_base_/mask-rcnn_fpn_1x_coco.py"
+model = dict(
+    backbone=dict(model_name="efficientvmamba_tiny", drop_path_rate=0.1), neck=dict(in_channels=[48, 96, 192, 384])
+)

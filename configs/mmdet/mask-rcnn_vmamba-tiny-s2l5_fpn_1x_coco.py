@@ -1,0 +1,5 @@
+# Published by its authors: 47.4 / 42.7 box / mask AP on val2017.
+_base_ = "_base_/mask-rcnn_fpn_1x_coco.py"
+model = dict(
+    backbone=dict(model_name="vmamba_tiny_s2l5", drop_path_rate=0.2), neck=dict(in_channels=[96, 192, 384, 768])
+)

@@ -1,0 +1,349 @@
+"""Our backbones in mmdetection and mmsegmentation; runs where the extra ``mm`` is installed."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import vssm
+from golden import records
+from golden.dense import OFFICIAL
+from vssm.data.scenes import write_ade, write_coco
+
+pytestmark = pytest.mark.mm
+CONFIGS = Path(__file__).parents[1] / "configs"
+SIZE = (64, 96)
+
+
+def _ours():
+    pytest.importorskip("mmdet")
+    pytest.importorskip("mmseg")
+    import vssm.openmmlab
+
+    return vssm.openmmlab
+
+
+def _build(**arguments):
+    _ours()
+    from mmengine.registry import MODELS
+
+    return MODELS.build({"type": "VSSMBackbone", **arguments})
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory):
+    return write_coco(tmp_path_factory.mktemp("coco"), train=2, val=1, size=SIZE)
+
+
+@pytest.fixture(scope="module")
+def ade(tmp_path_factory):
+    return write_ade(tmp_path_factory.mktemp("ade"), train=2, val=1, size=SIZE)
+
+
+def test_the_package_itself_does_without():
+    code = "import sys, vssm, vssm.detection; sys.exit('mmengine' in sys.modules or 'mmcv' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_a_detector_loads_the_official_backbone(name):
+    """As ``load_from`` and ``init_detector`` do it: into the whole model, where the keys have a prefix."""
+    backbone = _build(**OFFICIAL[name])
+    from mmengine.runner.checkpoint import load_state_dict
+
+    record = records.load(name)
+    detector = nn.ModuleDict({"backbone": backbone, "head": nn.Linear(2, 2)})
+    head = {f"head.{key}": value for key, value in detector["head"].state_dict().items()}
+    theirs = {f"backbone.{key}": value for key, value in record.state_dict.items()}
+    load_state_dict(detector, theirs | head, strict=True)
+    with torch.no_grad():
+        for level, each in enumerate(backbone.eval()(record.images)):
+            record.check(f"stage{level}", each)
+
+
+def test_an_incomplete_official_backbone_is_refused():
+    backbone = _build(**OFFICIAL["efficient_vmamba/efficient_vmamba_tiny_backbone@256x192"])
+    record = records.load("efficient_vmamba/efficient_vmamba_tiny_backbone@256x192")
+    lost = "outnorm2.weight"
+    with pytest.raises(ValueError, match=r"1 missing \(norms\.2\.weight\)"):
+        backbone.load_state_dict({key: value for key, value in record.state_dict.items() if key != lost})
+
+
+def test_pretrained_weights_stay_when_a_detector_is_initialised(tmp_path):
+    classifier = vssm.create_model("test_vmamba")
+    file = tmp_path / "classifier.safetensors"
+    vssm.checkpoint.write(file, classifier.state_dict(), {})
+    _ours()
+    from mmengine.model import BaseModule
+
+    for arguments in ({"pretrained": str(file)}, {"init_cfg": {"type": "Pretrained", "checkpoint": str(file)}}):
+        detector = BaseModule()
+        detector.backbone = _build(model_name="test_vmamba", out_norm=True, **arguments)
+        detector.init_weights()
+        state = classifier.state_dict()
+        for key, value in detector.backbone.model.state_dict().items():
+            torch.testing.assert_close(value, state[key], rtol=0, atol=0)
+
+
+def test_errors_say_what_to_do(tmp_path):
+    with pytest.raises(ValueError, match=r"unknown model 'vmamba_tini'; the nearest names are"):
+        _build(model_name="vmamba_tini")
+    with pytest.raises(ValueError, match=r"out_indices must be increasing numbers of stages from 0 to 3"):
+        _build(model_name="test_vmamba", out_indices=(0, 1, 2, 4))
+    with pytest.raises(FileNotFoundError, match=r"no file 'missing\.pth' for pretrained; give a checkpoint"):
+        _build(model_name="test_vmamba", pretrained="missing.pth").init_weights()
+    with pytest.raises(ValueError, match=r"init_cfg must be dict\(type='Pretrained', checkpoint=FILE\)"):
+        _build(model_name="test_vmamba", init_cfg={"type": "Kaiming"}).init_weights()
+    other = tmp_path / "vim.safetensors"
+    vssm.checkpoint.write(other, vssm.create_model("test_vim").state_dict(), {})
+    with pytest.raises(ValueError, match="in the checkpoint"):
+        _build(model_name="test_vmamba", pretrained=str(other)).init_weights()
+
+
+def test_layer_decay_lowers_the_rates_of_earlier_blocks():
+    backbone = _build(model_name="test_vim", pyramid=True, frozen_stages=1)
+    from mmengine.optim import build_optim_wrapper
+
+    detector = nn.ModuleDict({"backbone": backbone, "head": nn.Linear(4, 4)})
+    wrapper = {
+        "constructor": "VSSMLayerDecay",
+        "type": "OptimWrapper",
+        "optimizer": {"type": "AdamW", "lr": 0.1, "weight_decay": 0.5},
+    }
+    optimizer = build_optim_wrapper(detector, {**wrapper, "paramwise_cfg": {"layer_decay": 0.5}}).optimizer
+    of = {id(each): group for group in optimizer.param_groups for each in group["params"]}
+    named = dict(detector.named_parameters())
+    trained = [name for name, parameter in named.items() if parameter.requires_grad]
+    assert len(of) == len(trained) < len(named)
+
+    def rate(name):
+        return of[id(named[name])]["lr"]
+
+    assert rate("head.weight") == rate("backbone.pyramid.1.0.weight") == 0.1
+    in_proj = [rate(f"backbone.model.blocks.{i}.mixer.in_proj.weight") for i in (1, 2, 3)]
+    assert in_proj == pytest.approx([0.0125, 0.025, 0.05])
+    kept = {f"backbone.model.{name}" for name in backbone.model.no_weight_decay()}
+    assert any(name.endswith("A_log") for name in kept)
+    for name in trained:
+        undecayed = named[name].ndim == 1 or name in kept
+        assert of[id(named[name])]["weight_decay"] == (0.0 if undecayed else 0.5), name
+    with pytest.raises(ValueError, match=r"expected paramwise_cfg=dict\(layer_decay=RATE\)"):
+        build_optim_wrapper(detector, {**wrapper, "paramwise_cfg": {"layer_decay": 2.0}})
+
+
+def _random_boxes(count):
+    corners = torch.rand(count, 2) * 80
+    return torch.cat([corners, corners + 5 + torch.rand(count, 2) * 40], dim=1)
+
+
+def test_suppression_keeps_what_the_definition_keeps():
+    _ours()
+    from mmcv.ops import nms, soft_nms
+
+    boxes, scores = _random_boxes(60), torch.rand(60)
+    overlap = torchvision.ops.box_iou(boxes, boxes)
+    left, kept = scores.argsort(descending=True).tolist(), []
+    while left:
+        best, *left = left
+        kept.append(best)
+        left = [each for each in left if overlap[best, each] <= 0.4]
+    assert nms(boxes, scores, 0.4)[1].tolist() == kept
+
+    lowered, order = scores.clone(), []
+    left = set(range(len(boxes)))
+    while left:
+        best = max(left, key=lambda each: lowered[each])
+        order.append(best)
+        left.remove(best)
+        for each in left:
+            lowered[each] *= torch.exp(-(overlap[best, each] ** 2) / 0.5)
+        left = {each for each in left if lowered[each] >= 0.05}
+    dets, indices = soft_nms(boxes, scores, iou_threshold=0.3, sigma=0.5, min_score=0.05, method="gaussian")
+    assert indices.tolist() == order
+    torch.testing.assert_close(dets[:, 4], lowered[order])
+    for method in ("linear", "naive"):
+        dets, indices = soft_nms(boxes, scores, iou_threshold=0.4, min_score=0.0, method=method)
+        assert (dets[:, 4].diff() <= 0).all()
+    assert indices[dets[:, 4] > 0].tolist() == kept
+
+
+def test_regions_and_focal_loss_have_the_gradients_of_torchvision():
+    _ours()
+    from mmcv import ops
+
+    regions = torch.cat([torch.randint(0, 2, (9, 1)), _random_boxes(9)], dim=1).double()
+    maps = torch.rand(2, 3, 30, 34, dtype=torch.float64, requires_grad=True)
+    weight = torch.rand(9, 3, 5, 5, dtype=torch.float64)
+    results = []
+    for pooled in (
+        ops.roi_align(maps, regions, (5, 5), 0.25, 2, "avg", True),
+        torchvision.ops.roi_align(maps, regions, (5, 5), 0.25, 2, True),
+    ):
+        results.append((pooled, *torch.autograd.grad((pooled * weight).sum(), maps)))
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+
+    logits = torch.randn(8, 4, requires_grad=True)
+    target = torch.tensor([0, 1, 2, 3, 4, 4, 0, 2])  # 4 is the background
+    hot = nn.functional.one_hot(target, 5)[:, :4].float()
+    theirs = torchvision.ops.sigmoid_focal_loss(logits, hot, alpha=0.25, gamma=2.0)
+    from vssm.openmmlab import mmcv_ops
+
+    mine, gradient = torch.empty_like(logits), torch.empty_like(logits)
+    mmcv_ops.sigmoid_focal_loss_forward(logits, target, torch.empty(0), mine, 2.0, 0.25)
+    mmcv_ops.sigmoid_focal_loss_backward(logits, target, torch.empty(0), gradient, 2.0, 0.25)
+    torch.testing.assert_close(mine, theirs)
+    torch.testing.assert_close(gradient, torch.autograd.grad(theirs.sum(), logits)[0])
+
+
+def test_other_operators_say_what_they_need():
+    _ours()
+    ext = sys.modules["mmcv._ext"]
+    if ext.__spec__.origin != "torchvision":
+        pytest.skip("a compiled mmcv has all operators")
+    with pytest.raises(NotImplementedError, match="carafe_forward needs mmcv with its compiled operators"):
+        ext.carafe_forward()
+
+
+def _parts(node):
+    if isinstance(node, dict):
+        yield node
+    for each in node.values() if isinstance(node, dict) else node if isinstance(node, list | tuple) else ():
+        yield from _parts(each)
+
+
+def _small_config(path, root, work_dir, *, model_name=None):
+    """A published recipe on generated data, with everything shrunk that costs time on a CPU but not the backbone."""
+    _ours()
+    from mmengine.config import Config
+
+    cfg = Config.fromfile(path)
+    cfg.model.backbone.update(pretrained=False, drop_path_rate=0.0)  # a dropped branch would learn nothing
+    detection = path.parent.name == "mmdet"
+    if model_name is not None:
+        cfg.model.backbone.model_name = model_name
+        dims = [info["num_chs"] for info in vssm.create_model(model_name).feature_info]
+        if detection:
+            cfg.model.neck.in_channels = dims
+        else:
+            cfg.model.decode_head.in_channels, cfg.model.auxiliary_head.in_channels = dims, dims[2]
+    _shrink(cfg)
+    data = cfg.train_dataloader
+    data.update(num_workers=0, persistent_workers=False, batch_size=2)
+    data.dataset.data_root = f"{root}/"
+    if detection:
+        data.dataset.update(
+            ann_file="annotations/instances_train2017.json",
+            data_prefix={"img": "train2017/"},
+            metainfo={"classes": tuple(map(str, range(10)))},
+            filter_cfg={"filter_empty_gt": True, "min_size": 8},
+        )
+        cfg.val_evaluator.ann_file = f"{root}/annotations/instances_train2017.json"
+    cfg.val_dataloader = cfg.test_dataloader = cfg.val_cfg = cfg.test_cfg = None
+    cfg.val_evaluator = cfg.test_evaluator = None
+    cfg.train_cfg = {"type": "IterBasedTrainLoop", "max_iters": 1}
+    data.sampler = {"type": "InfiniteSampler", "shuffle": False}
+    cfg.default_hooks.checkpoint = {"type": "CheckpointHook", "interval": 1, "by_epoch": False}
+    cfg.param_scheduler = []
+    cfg.env_cfg.dist_cfg = {"backend": "gloo"}
+    cfg.randomness = {"seed": 0}
+    cfg.work_dir, cfg.experiment_name = str(work_dir), work_dir.name
+    return cfg
+
+
+def _shrink(cfg):
+    small = {"fc_out_channels": 32, "num_convs": 1, "nms_pre": 50, "max_per_img": 20, "channels": 32}
+    for part in _parts(cfg.model):
+        for key, value in small.items():
+            if key in part and isinstance(part[key], int):
+                part[key] = value
+        if "sampler" in part and "num" in part["sampler"]:
+            part["sampler"]["num"] = 16
+        if part.get("num_classes") == 80:
+            part["num_classes"] = 10
+    if "size" in cfg.model.get("data_preprocessor", {}):
+        cfg.model.data_preprocessor.size = (64, 64)
+    for step in _parts(cfg.train_dataloader.dataset.pipeline):
+        if "scale" in step and step["type"] in ("Resize", "RandomResize"):
+            step["scale"] = SIZE[::-1]
+        if "scales" in step:
+            step["scales"] = [SIZE[::-1]]
+        if step.get("type") == "RandomCrop":
+            step["crop_size"] = (64, 64)
+
+
+def _train_one_step(cfg):
+    from mmengine.runner import Runner
+
+    runner = Runner.from_cfg(cfg)
+    before = {name: parameter.detach().clone() for name, parameter in runner.model.named_parameters()}
+    runner.train()
+    loss = runner.message_hub.get_scalar("train/loss").data[0]
+    assert torch.isfinite(torch.as_tensor(loss)).all()
+    unchanged = [name for name, parameter in runner.model.named_parameters() if torch.equal(before[name], parameter)]
+    return runner, unchanged
+
+
+@pytest.mark.parametrize(
+    "name", ["mmdet/mask-rcnn_vmamba-tiny-s1l8_fpn_1x_coco.py", "mmseg/upernet_vmamba-tiny-s1l8_160k_ade20k-512x512.py"]
+)
+def test_a_recipe_trains_saves_resumes_and_predicts(name, coco, ade, tmp_path):
+    detection = name.startswith("mmdet")
+    root = coco if detection else ade
+    _ours()
+    from mmengine.config import Config
+
+    cfg = _small_config(CONFIGS / name, root, tmp_path / "work", model_name="test_vmamba")
+    runner, unchanged = _train_one_step(cfg)
+    assert [each for each in unchanged if each.startswith("backbone.") or not each.endswith("bias")] == []
+
+    file = tmp_path / "work" / "iter_1.pth"
+    resumed = cfg.copy()
+    resumed.load_from, resumed.resume, resumed.experiment_name = str(file), True, "again"
+    resumed.train_cfg.max_iters = 2
+    again, _ = _train_one_step(resumed)
+    assert again.iter == 2
+
+    predicting = _small_config(CONFIGS / name, root, tmp_path / "work", model_name="test_vmamba")
+    predicting.test_dataloader = Config.fromfile(CONFIGS / name).test_dataloader
+    if detection:
+        from mmdet.apis import inference_detector, init_detector
+
+        model = init_detector(predicting, str(file), device="cpu")
+        found = inference_detector(model, str(coco / "val2017" / "000000000001.jpg")).pred_instances
+        assert found.bboxes.shape[1] == 4
+        assert found.masks.shape[1:] == SIZE
+    else:
+        from mmseg.apis import inference_model, init_model
+
+        model = init_model(predicting, str(file), device="cpu")
+        found = inference_model(model, str(ade / "images" / "validation" / "ADE_00000001.jpg"))
+        assert tuple(found.pred_sem_seg.data.shape) == (1, *SIZE)
+    for key, value in model.backbone.state_dict().items():
+        torch.testing.assert_close(value, runner.model.backbone.state_dict()[key])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.glob("mm*/*.py")))
+def test_every_recipe_trains_a_step(name, coco, ade, tmp_path):
+    cfg = _small_config(CONFIGS / name, coco if name.startswith("mmdet") else ade, tmp_path / "work")
+    _, unchanged = _train_one_step(cfg)
+    assert [each for each in unchanged if each.startswith("backbone.")] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        ("mmdet/mask-rcnn_vmamba-tiny-s1l8_fpn_1x_coco.py", r"neck.in_channels is \[96, 192, 384, 768\]"),
+        ("mmseg/upernet_vmamba-tiny-s1l8_160k_ade20k-512x512.py", r"decode_head.in_channels is \[96, 192, 384, 768\]"),
+    ],
+)
+def test_wrong_channels_are_an_error_that_names_the_right_ones(name, setting, coco, ade, tmp_path):
+    cfg = _small_config(CONFIGS / name, coco if name.startswith("mmdet") else ade, tmp_path / "work")
+    cfg.model.backbone.model_name = "test_vmamba"
+    with pytest.raises(ValueError, match=rf"{setting}, but test_vmamba gives \[16, 32, 64, 128\]; set"):
+        _train_one_step(cfg)
