@@ -160,6 +160,35 @@ def efficientvmamba_counts(width: int, depths: tuple[int, ...]) -> dict[str, Cou
     return pyramid_counts(width, depths, block, first=True)
 
 
+def vim2_channel_mixer(c: int, tokens: int, *, expand: int) -> Counts:
+    """Linear layers of each token; along the channels in between, two directions of a convolution and a scan."""
+    k, n, d, taps = 2, 16, expand * c, 4
+    weights = c * 2 * d + d * c
+    of_channels = k * (taps + 1) + k * (1 + 2 * n) + k + k + k * (n + 1)  # convolution, x_proj, dt, A_log and D
+    return Counts(
+        params=weights + of_channels + 2 * c,
+        matmul_macs=tokens * weights,
+        conv_macs=tokens * k * d * taps,
+        scan_ops=tokens * 9 * k * d * n,
+        activations=tokens * (2 * d + k * d + k * d + c),
+    )
+
+
+def vim2_counts(width: int, depths: tuple[int, ...]) -> dict[str, Counts]:
+    """VMamba's first version with two of its blocks before each channel mixer, and weights of averages."""
+    parts = pyramid_counts(width, (0, 0, 0, 0), vmamba_block_v0, first=True)
+    for i, depth in enumerate(depths):
+        c, tokens, mixers = width << i, (56 >> i) ** 2, 3 * depth
+        channel = vim2_channel_mixer(c, tokens, expand=1 if i == 3 else 2)
+        averages = Counts(params=sum(2 + earlier for earlier in range(mixers + 1)))
+        block = total(vmamba_block_v0(c, tokens), vmamba_block_v0(c, tokens), channel)
+        parts[f"stages.{i}"] = total(parts[f"stages.{i}"], averages, *[block] * depth)
+    return parts
+
+
+vmamba_block_v0 = partial(vmamba_block, expand=2, n=16, first=True)
+
+
 class Windows:
     """A product of queries or weights with the tokens of a window, as it is done in tiles along both axes."""
 
@@ -400,6 +429,11 @@ A2MAMBA = {
         (96, 192, 448, 672), (4, 6, 18, 6), heads=(4, 8, 16, 24), ratios=(4, 4, 4, 4), scaled=(0, 1, 2, 3)
     ),
 }
+VIM2 = {
+    "vim2_tiny": vim2_counts(96, (1, 1, 3, 1)),
+    "vim2_small": vim2_counts(96, (1, 1, 9, 1)),
+    "vim2_base": vim2_counts(128, (1, 1, 9, 1)),
+}
 # Multiply-adds of the official models, in G, counted on them.
 A2MAMBA_GMACS = {"a2mamba_nano": 0.81, "a2mamba_tiny": 2.68, "a2mamba_small": 5.34, "a2mamba_base": 11.35}
 GROUPMAMBA = {
@@ -529,6 +563,16 @@ def test_mambavision_equals_the_hand_formula_and_the_published_figures(name):
         assert round(authors, 2) == OFFICIAL_GMACS[name]
     assert authors == pytest.approx(record["published_gflops"], rel=0.015)
     assert record["params_m"] == pytest.approx(record["published_params_m"], abs=0.1)
+
+
+@pytest.mark.parametrize("name", VIM2)
+def test_vim2_equals_the_hand_formula_and_the_published_sizes(name):
+    record = describe(name)
+    assert {part.pop("part"): Counts(**part) for part in record["parts"]} == VIM2[name]
+    with torch.device("meta"):
+        model = vssm.create_model(name, gate=name != "vim2_tiny")  # which has the printed size without a gate
+    params_m = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    assert params_m == pytest.approx(record["published_params_m"], rel=0.022)
 
 
 def test_parameters_are_those_of_the_official_model():

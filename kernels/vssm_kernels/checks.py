@@ -174,7 +174,8 @@ class _Expectation:
             raise ValueError(f"{self.function}: {name} must be {spelled}, got {tuple(tensor.shape)}")
 
     def shape(self, name: str, tensor: Tensor, *allowed: tuple[int, ...]) -> None:
-        if all(tensor.shape != shape for shape in allowed):
+        # Of tuples of unlike length Python compares the first sizes all the same, which an exported program would fix.
+        if all(tensor.ndim != len(shape) or tensor.shape != shape for shape in allowed):
             spelled = " or ".join(str(tuple(int(size) for size in shape)) for shape in allowed)
             raise ValueError(f"{self.function}: {name} must be {spelled} {self.context()}, got {tuple(tensor.shape)}")
 

@@ -54,6 +54,9 @@ PARAMETERS = {
     "a2mamba_small": 30_672_834,
     "a2mamba_base": 51_134_464,
     "a2mamba_large": 93.737,  # printed as 95
+    "vim2_tiny": 24.011,  # printed as 20; the sizes below as 43 and 74
+    "vim2_small": 43.675,
+    "vim2_base": 75.583,
 }
 VARIANTS = [name for name in vssm.list_models() if not name.startswith("test_")]
 

@@ -24,6 +24,7 @@ _PLAINMAMBA = "Yang et al., 2024, arXiv:2403.17695; parameters without the class
 _MSVMAMBA = "README of YuHengsss/MSVMamba; Shi et al., 2024, arXiv:2405.14174"
 _EFFICIENTVMAMBA = "README of TerryPei/EfficientVMamba; Pei et al., 2024, arXiv:2403.09977"
 _LOCALMAMBA = "Huang et al., 2024, arXiv:2403.09338"
+_VIM2 = "Behrouz et al., 2024, arXiv:2403.19888"
 _A2MAMBA = "README of LMMMEng/A2Mamba; Lou et al., 2025, arXiv:2507.16624"
 _GROUPMAMBA = "README of Amshaker/GroupMamba; Shaker et al., 2024, arXiv:2407.13772"
 _MAMBAVISION = "README of NVlabs/MambaVision; Hatamizadeh and Kautz, 2024, arXiv:2407.08083"
@@ -59,6 +60,9 @@ PUBLISHED = {
     "plainmamba_l1": Published(7.3, 3.0, _PLAINMAMBA),
     "plainmamba_l2": Published(25.7, 8.1, _PLAINMAMBA),
     "plainmamba_l3": Published(50.5, 14.4, _PLAINMAMBA),
+    "vim2_tiny": Published(20, None, _VIM2),
+    "vim2_small": Published(43, None, _VIM2),
+    "vim2_base": Published(74, None, _VIM2),
     "vim_tiny_patch16_224": Published(7, 1.5, _VIM_FLOPS),
     "vim_tiny_patch16_stride8_224": Published(7, None, _VIM),
     "vim_small_patch16_224": Published(26, 5.1, _VIM_FLOPS),

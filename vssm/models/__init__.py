@@ -9,10 +9,22 @@ from vssm.models import (
     msvmamba,
     plainmamba,
     vim,
+    vim2,
     vmamba,
 )
 
 FAMILIES = tuple(
     module.__name__.rpartition(".")[2]
-    for module in (vim, vmamba, plainmamba, localmamba, msvmamba, efficientvmamba, groupmamba, mambavision, a2mamba)
+    for module in (
+        vim,
+        vmamba,
+        plainmamba,
+        localmamba,
+        msvmamba,
+        efficientvmamba,
+        groupmamba,
+        mambavision,
+        a2mamba,
+        vim2,
+    )
 )
