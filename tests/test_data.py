@@ -1,4 +1,5 @@
 import hashlib
+import random
 import struct
 import sys
 import zlib
@@ -13,6 +14,7 @@ from image_folders import make_folder
 from vssm.data import open_dataset
 from vssm.data.images import UnreadableImage, find_images, read_image
 from vssm.data.loaders import Augmentation, InputConfig, ReadingCheck, eval_loader, train_loader
+from vssm.data.sampling import EvaluationBatches, Share
 
 GREY_8 = InputConfig(channels=1, height=8, width=8, mean=(0.0,), std=(1.0,), interpolation="nearest", crop_pct=1.0)
 DIGITS_HASH = "5c1d7948b9d4c2052c30fd282508096cb3d2a7c9a6bc2d6cafd5feb5c09c7670"
@@ -211,12 +213,15 @@ def test_one_percent_of_unreadable_files_is_tolerated():
         check.update(batch)
 
 
+def _train_loader(augmentation: Augmentation, **options):
+    return train_loader(open_dataset(None, "val"), GREY_8, augmentation, **{"batch_size": 100, "seed": 7} | options)
+
+
 def test_train_loader_shuffles_by_epoch_and_drops_the_rest():
-    images = open_dataset(None, "val")
-    loader = train_loader(images, GREY_8, Augmentation(), batch_size=100)
+    loader = _train_loader(Augmentation())
 
     def order(epoch: int) -> list[int]:
-        loader.sampler.set_epoch(epoch)
+        loader.batch_sampler.begin(epoch)
         return torch.cat([batch.indices for batch in loader]).tolist()
 
     first = order(1)
@@ -227,14 +232,65 @@ def test_train_loader_shuffles_by_epoch_and_drops_the_rest():
 
 def test_repeated_augmentation_shows_fewer_images_more_often():
     images = open_dataset(None, "train")
-    loader = train_loader(images, GREY_8, Augmentation(repeats=3), batch_size=64)
+    loader = train_loader(images, GREY_8, Augmentation(repeats=3), batch_size=64, seed=0)
     counts = Counter(torch.cat([batch.indices for batch in loader]).tolist())
     assert max(counts.values()) == 3
     assert sum(counts.values()) == 1280  # of 1442, rounded down to 256
     assert len(counts) < 1280 / 2.5
 
 
+@pytest.mark.parametrize("aa", ["", "rand-m9-mstd0.5-inc1", "augmix-m5-w4-d2"])
+def test_augmentation_depends_on_seed_epoch_and_place_alone(aa):
+    policy = Augmentation(aa=aa, reprob=0.5, repeats=3)
+
+    def images(epoch: int = 1, step: int = 0, **options) -> list[torch.Tensor]:
+        loader = _train_loader(policy, **options)
+        loader.batch_sampler.begin(epoch, step)
+        return [batch.images for batch in loader]
+
+    plain = images()
+    assert len(plain) == 2  # of 256 images
+    for other in (images(workers=2), images(workers=1)):
+        assert all(map(torch.equal, plain, other))
+    assert torch.equal(images(step=1)[0], plain[1])
+    for rank in range(3):
+        shared = images(share=Share(rank, 3))
+        assert all(torch.equal(part, whole[rank::3]) for part, whole in zip(shared, plain, strict=True))
+    assert not torch.equal(images(epoch=2)[0], plain[0])
+    assert not torch.equal(images(seed=8)[0], plain[0])
+
+
+def test_reading_in_process_leaves_the_generators_of_others_alone():
+    batches = iter(_train_loader(Augmentation(aa="rand-m9-mstd0.5-inc1", reprob=0.5)))
+    draws = []
+    for read in (False, True):
+        random.seed(1)
+        np.random.seed(1)
+        torch.manual_seed(1)
+        if read:
+            next(batches)
+        draws.append((random.gauss(0, 1), np.random.rand(), torch.rand(()).item()))
+    assert draws[0] == draws[1]
+
+
+def test_shared_evaluation_sees_every_image_once_in_equally_many_batches():
+    images = open_dataset(None, "val").targets[:10]
+    for ranks in (1, 2, 3, 4):
+        batches = [
+            list(EvaluationBatches(len(images), batch_size=3, share=Share(rank, ranks))) for rank in range(ranks)
+        ]
+        assert len({len(each) for each in batches}) == 1
+        assert sorted(image for each in batches for batch in each for image in batch) == list(range(10))
+    assert batches[3] == [[3, 7]]
+    assert list(EvaluationBatches(4, batch_size=1, share=Share(2, 3))) == [[2], []]
+
+
+def test_a_process_without_images_is_refused():
+    with pytest.raises(ValueError, match="as many images in a batch as the 3 processes, got 2"):
+        _train_loader(Augmentation(), batch_size=2, share=Share(0, 3))
+
+
 def test_a_batch_is_no_larger_than_the_data_set(tmp_path):
     make_folder(tmp_path, train=3)
-    loader = train_loader(open_dataset(tmp_path, "train"), GREY_8, Augmentation(), batch_size=1000)
+    loader = train_loader(open_dataset(tmp_path, "train"), GREY_8, Augmentation(), batch_size=1000, seed=0)
     assert [len(batch.targets) for batch in loader] == [6]

@@ -19,6 +19,7 @@ from vssm.data import DataOptions, open_dataset
 from vssm.data.loaders import InputConfig, eval_loader
 from vssm.engine import classifier as classifiers
 from vssm.engine import demo as demo_engine
+from vssm.engine.checkpoints import state_files
 from vssm.engine.classifier import Classifier, ModelSpec
 from vssm.engine.contact_sheet import draw_contact_sheet
 from vssm.engine.evaluate import evaluate, open_for
@@ -120,7 +121,7 @@ def test_validate_needs_only_the_checkpoint(run, checkpoint, tmp_path, capsys):
 
 
 def test_validate_takes_the_weights_of_the_training_state_with_a_model_name(run, tmp_path):
-    state = run / "output" / "state.pth"
+    state = state_files(run / "output")[0]
     results = tmp_path / "results.csv"
     command = ["validate", str(run / "data"), "--checkpoint", str(state), *TINY[:-6], "--num-classes", "2"]
     assert main([*command, "--results", str(results)]) == 0
@@ -320,7 +321,7 @@ def test_demo_ends_with_pictures_a_record_and_a_verdict(tmp_path, monkeypatch, c
         assert ("holds an earlier demonstration" in printed.out) is again
         assert printed.err.splitlines()[-1].startswith("vssm demo: expected at least 97 % of the held-out digits right")
         assert printed.out.count("in truth a") == 3
-    assert {path.name for path in output.iterdir()} == {*demo_engine._WRITTEN, "images"}
+    assert {path.name for path in output.iterdir()} == {*demo_engine._WRITTEN, "images", "state-00000045.pth"}
     (record,) = json.loads((output / "record.json").read_text())
     assert record["held_out"]["images"] == 355
     assert len(record["wrong"]) == 355 - record["held_out"]["correct_top1"]

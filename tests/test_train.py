@@ -1,11 +1,14 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,10 +19,16 @@ from vssm.cli import main
 from vssm.cli import train as train_command
 from vssm.cli._options import Parser
 from vssm.cli.config import parse_with_config
+from vssm.data.images import ImageFiles
+from vssm.engine import stopping, training_step
 from vssm.engine import train as train_module
-from vssm.engine.checkpoints import claimed, read_state
+from vssm.engine.checkpoints import claimed, read_state, state_files
+from vssm.engine.nonfinite import explain
 from vssm.engine.recipe import DIGITS, Recipe
-from vssm.engine.train import Setting, train
+from vssm.engine.stopping import Stopped, stop_on_signals
+from vssm.engine.train import train
+from vssm.engine.training_setup import SaveEvery, Setting, initial_state, prepare
+from vssm.engine.training_step import NonFiniteLoss, train_step
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 CPU = torch.device("cpu")
@@ -70,7 +79,10 @@ def test_train_learns_and_writes_what_it_promises(folder, tmp_path, capsys):
     options = ["--epochs", "8", "--lr", "1e-2", "--mixup", "0", "--cutmix", "0", "--reprob", "0", "--color-jitter", "0"]
     assert main(["train", str(folder), "--output", str(output), *TINY, *options]) == 0
     names = {path.name for path in output.iterdir()}
-    expected = "state.pth log.csv best.safetensors best.json final.safetensors final.json record.json curves.png"
+    expected = (
+        "state-00000021.pth state-00000024.pth log.csv "
+        "best.safetensors best.json final.safetensors final.json record.json curves.png"
+    )
     assert names == set(expected.split())
     rows = list(csv.DictReader((output / "log.csv").open()))
     assert [row["epoch"] for row in rows] == [str(epoch) for epoch in range(1, 9)]
@@ -89,35 +101,99 @@ def test_same_seed_same_weights_other_seed_other_weights(folder, tmp_path):
     assert not _same(_weights(tmp_path / "a"), _weights(tmp_path / "c"))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_resumed_run_equals_the_uninterrupted_one(folder, tmp_path, monkeypatch, workers):
-    whole, parts = Setting(folder, tmp_path / "whole", CPU, workers), Setting(folder, tmp_path / "parts", CPU, workers)
+class _StopAtLook:
+    """A request to stop that is made at the n-th look, of which there is one after every step and evaluated batch."""
+
+    def __init__(self, number: int) -> None:
+        self.left = number
+
+    def __bool__(self) -> bool:
+        self.left -= 1
+        return self.left <= 0
+
+
+def _train_stopping_every(looks: int, recipe: Recipe, setting: Setting) -> dict:
+    """Trains by attempts, each of which is stopped after so many looks and the next of which resumes."""
+    for _ in range(100):
+        resume = read_state(setting.output) if setting.output.exists() else None
+        try:
+            return train(recipe, setting, resume=resume, stop=_StopAtLook(looks))
+        except Stopped as stopped:
+            last = stopped
+        assert last.state == state_files(setting.output)[0]
+        assert read_state(last.state)["step"] == last.step
+    pytest.fail("the run does not come forward")
+
+
+def _assert_same_run(first: Path, second: Path) -> None:
+    assert _same(_weights(first), _weights(second))
+    states = read_state(first), read_state(second)
+    for part in ("model", "model_ema"):
+        assert _same(states[0][part], states[1][part])
+    assert not _same(states[0]["model"], states[0]["model_ema"])
+    for name in ("exp_avg", "exp_avg_sq", "step"):
+        moments = [[each[name] for each in state["optimizer"]["state"].values()] for state in states]
+        assert all(map(torch.equal, *moments))
+    timeless = [
+        [{name: row[name] for name in ("step", "lr", "train_loss", "val_loss", "val_top1")} for row in state["history"]]
+        for state in states
+    ]
+    assert timeless[0] == timeless[1]
+
+
+@pytest.mark.parametrize(("looks", "workers"), [(2, 0), (5, 0), (7, 2)])
+def test_run_stopped_inside_of_epochs_equals_the_uninterrupted_one(folder, tmp_path, looks, workers):
+    whole, parts = Setting(folder, tmp_path / "whole", CPU), Setting(folder, tmp_path / "parts", CPU, workers)
     record = train(TINY_RECIPE, whole)
-    with monkeypatch.context() as patched:
-        patched.setattr(train_module, "_run_epoch", _interrupted_in_epoch(3))
-        with pytest.raises(KeyboardInterrupt):
-            train(TINY_RECIPE, parts)
-    assert read_state(parts.output)["epoch"] == 2
-    resumed = train(TINY_RECIPE, parts, resume=read_state(parts.output))
-    assert _same(_weights(whole.output), _weights(parts.output))
-    first, second = read_state(whole.output), read_state(parts.output)
-    assert _same(first["model"], second["model"])
-    assert not _same(first["model"], first["model_ema"])
-    moments = [state["optimizer"]["state"][0]["exp_avg_sq"] for state in (first, second)]
-    assert torch.equal(*moments)
-    assert [row["train_loss"] for row in first["history"]] == [row["train_loss"] for row in second["history"]]
+    resumed = _train_stopping_every(looks, TINY_RECIPE, parts)
+    _assert_same_run(whole.output, parts.output)
     assert record["loss"] == resumed["loss"]
 
 
-def _interrupted_in_epoch(epoch: int):
-    run_epoch = train_module._run_epoch
+@pytest.mark.parametrize(("changed", "same"), [("step", False), ("seconds", True)])
+def test_the_stored_step_drives_what_follows(folder, tmp_path, changed, same):
+    whole, parts = Setting(folder, tmp_path / "whole", CPU), Setting(folder, tmp_path / "parts", CPU)
+    train(TINY_RECIPE, whole)
+    with pytest.raises(Stopped):
+        train(TINY_RECIPE, parts, stop=_StopAtLook(2))
+    stored = read_state(parts.output)
+    if changed == "step":
+        stored["step"] = 1
+    else:
+        stored["sums"]["seconds"] = 1e3
+    train(TINY_RECIPE, parts, resume=stored)
+    assert _same(_weights(whole.output), _weights(parts.output)) is same
 
-    def run(run, state):
-        if state.epoch + 1 == epoch:
-            raise KeyboardInterrupt
-        return run_epoch(run, state)
 
-    return run
+def test_steps_passed_over_are_not_read(folder, tmp_path, monkeypatch):
+    setting = Setting(folder, tmp_path / "run", CPU)
+    with pytest.raises(Stopped):
+        train(TINY_RECIPE, setting, stop=_StopAtLook(2))
+    read = []
+    load = ImageFiles.load
+    monkeypatch.setattr(
+        ImageFiles, "load", lambda images, *args, **kwargs: read.append(images.source) or load(images, *args, **kwargs)
+    )
+    with pytest.raises(Stopped):
+        train(TINY_RECIPE, setting, resume=read_state(setting.output), stop=_StopAtLook(1))
+    assert read == [f"{folder}/train"] * 8  # the third and last batch of the epoch
+
+
+@pytest.mark.parametrize("change", [{"accum": 3}, {"workers": 2}, {"channels_last": True}])
+def test_what_only_says_how_to_compute_does_not_change_the_result(folder, tmp_path, change):
+    recipe = TINY_RECIPE.with_options({"epochs": 2, "drop_path": 0.0, "aa": "rand-m9-mstd0.5-inc1"})
+    setting = Setting(folder, tmp_path / "plain", CPU)
+    train(recipe, setting)
+    train(recipe.with_options(change), replace(setting, output=tmp_path / "changed", **_only_setting(change)))
+    plain, changed = _weights(tmp_path / "plain"), _weights(tmp_path / "changed")
+    if "workers" in change:
+        assert _same(plain, changed)
+    for name, value in plain.items():
+        torch.testing.assert_close(changed[name], value, rtol=1e-4, atol=1e-5)
+
+
+def _only_setting(change: dict) -> dict:
+    return {name: value for name, value in change.items() if name != "accum"}
 
 
 def test_resume_on_the_command_line_takes_settings_and_data_from_the_run(folder, tmp_path, failure):
@@ -144,9 +220,10 @@ def test_resume_of_another_model_or_of_a_damaged_file(folder, tmp_path, failure)
     output = tmp_path / "run"
     assert main(["train", str(folder), "--output", str(output), *TINY, "--epochs", "1"]) == 0
     assert "another model or optimizer" in failure("train", "--resume", output, "--model-kwargs", "embed_dim=16")[1]
-    state = output / "state.pth"
+    (state,) = state_files(output)
     state.write_bytes(state.read_bytes()[:1000])
-    assert "state.pth: incomplete or not a training state" in failure("train", "--resume", output)[1]
+    for resume in (output, state):
+        assert f"{state.name}: incomplete or not a training state" in failure("train", "--resume", resume)[1]
     assert "no such training state" in failure("train", "--resume", tmp_path / "nowhere")[1]
     assert failure("train", "--resume", "auto")[0] == 2
 
@@ -156,7 +233,7 @@ def test_state_that_would_run_code_is_refused(tmp_path, failure):
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "trapped"),)
 
-    torch.save({"version": 1, "run": Trap()}, tmp_path / "state.pth")
+    torch.save({"version": 2, "run": Trap()}, tmp_path / "state-00000001.pth")
     line = failure("train", "--resume", tmp_path)[1]
     assert "incomplete or not a training state" in line
     assert "weights_only" not in line  # torch's advice would run the code
@@ -168,7 +245,7 @@ def test_interrupted_save_leaves_the_earlier_state(folder, tmp_path, monkeypatch
     save = torch.save
 
     def save_once(content, path):
-        if content["epoch"] == 1:
+        if content["step"] == 3:
             return save(content, path)
         Path(path).write_bytes(b"half")
         raise KeyboardInterrupt
@@ -176,7 +253,7 @@ def test_interrupted_save_leaves_the_earlier_state(folder, tmp_path, monkeypatch
     monkeypatch.setattr(torch, "save", save_once)
     with pytest.raises(KeyboardInterrupt):
         train(TINY_RECIPE, setting)
-    assert read_state(setting.output)["epoch"] == 1
+    assert read_state(setting.output)["step"] == 3
     assert not [path.name for path in setting.output.iterdir() if path.name.startswith(".")]
 
 
@@ -187,12 +264,12 @@ def test_full_disk_is_one_line_and_leaves_nothing_half_written(folder, tmp_path,
 
     monkeypatch.setattr(torch, "save", full)
     line = failure("train", folder, "--output", tmp_path / "run", *TINY, "--epochs", "1")[1]
-    assert line == f"vssm train: {tmp_path / 'run' / 'state.pth'}: could not be written; is the disk full?"
+    assert line == f"vssm train: {tmp_path / 'run' / 'state-00000003.pth'}: could not be written; is the disk full?"
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"best.safetensors", "best.json", "log.csv"}
 
 
 def test_folder_that_cannot_be_written_into_fails_before_training(folder, tmp_path, monkeypatch, failure):
-    monkeypatch.setattr(train_module, "_run_epoch", lambda *_: pytest.fail("trained for nothing"))
+    monkeypatch.setattr(train_module, "train_step", lambda *_: pytest.fail("trained for nothing"))
     file = tmp_path / "file"
     file.write_text("in the way")
     for output, message in ((file, "a file, expected a folder"), (file / "run", "Not a directory")):
@@ -211,19 +288,78 @@ def test_two_runs_never_write_into_one_folder(folder, tmp_path, failure):
     assert main(["train", str(folder), "--output", str(output), *TINY, "--epochs", "1"]) == 0
 
 
-def test_sigterm_ends_a_run_with_its_state_whole(folder, tmp_path):
+@pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGINT], [signal.SIGTERM, signal.SIGTERM]])
+def test_signals_end_a_run_with_its_state_whole(folder, tmp_path, signals):
     output = tmp_path / "run"
     command = [sys.executable, "-m", "vssm.cli", "train", folder, "--output", output, *TINY, "--epochs", "100000"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, **pipes, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     deadline = time.monotonic() + 120
-    while not (output / "state.pth").exists() and process.poll() is None and time.monotonic() < deadline:
+    while not state_files(output) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert errors.strip().splitlines()[-1] == "vssm train: interrupted"
-    assert read_state(output)["epoch"] >= 1
+    for each in signals:  # the second follows at once, as torchrun repeats what a terminal has sent
+        process.send_signal(each)
+    printed, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    step, file = re.fullmatch(
+        rf"stopped after step (\d+), in (.+); go on with --resume {output}", printed.strip().splitlines()[-1]
+    ).groups()
+    assert file == str(state_files(output)[0])
+    assert read_state(output)["step"] == int(step)
     assert not [path.name for path in output.iterdir() if path.name.startswith(".")]
+
+
+def test_second_request_interrupts_at_once(monkeypatch):
+    with stop_on_signals() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop
+        monkeypatch.setattr(stopping, "time", SimpleNamespace(monotonic=lambda: float("inf")))
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_damaged_newest_state_falls_back_to_the_one_before(folder, tmp_path, capsys, caplog):
+    whole, output = tmp_path / "whole", tmp_path / "run"
+    command = ["train", str(folder), *TINY, "--epochs", "3", "--resume", "auto", "--output"]
+    for each in (whole, output):
+        assert main([*command, str(each)]) == 0
+    newest, older = state_files(output)
+    newest.write_bytes(newest.read_bytes()[:1000])
+    (output / f".{newest.stem}-0123456789abcdef.pth").write_bytes(b"half")  # as a killed process leaves it
+    assert main([*command, str(output)]) == 0
+    assert f"{newest}: incomplete or not a training state; going on from {older.name}" in caplog.text
+    assert _same(_weights(whole), _weights(output))
+    assert [read_state(each)["step"] for each in state_files(output)] == [9, 6]
+    assert not [path for path in output.iterdir() if path.name.startswith(".")]
+
+
+def test_states_are_written_as_often_and_kept_as_long_as_asked(folder, tmp_path, monkeypatch):
+    written = []
+    save = train_module.save_state
+
+    def watch(folder, state, **options):
+        written.append(state["step"])
+        return save(folder, state, **options)
+
+    monkeypatch.setattr(train_module, "save_state", watch)
+    recipe = TINY_RECIPE.with_options({"epochs": 2})
+    setting = Setting(folder, tmp_path / "run", CPU, save_every=SaveEvery(steps=2), keep=3)
+    train(recipe, setting)
+    assert written == [2, 3, 4, 6, 6]  # every second step, and the ends of epochs, after evaluation
+    assert [read_state(file)["step"] for file in state_files(setting.output)] == [6, 4, 3]
+    written.clear()
+    train(recipe, replace(setting, output=tmp_path / "other", save_every=SaveEvery(minutes=1e-9)))
+    assert written == [1, 2, 3, 3, 4, 5, 6, 6]
+
+
+def test_going_back_to_an_earlier_state_gives_the_later_ones_up(folder, tmp_path):
+    setting = Setting(folder, tmp_path / "run", CPU, keep=4)
+    train(TINY_RECIPE, setting)
+    early = state_files(setting.output)[-1]
+    with pytest.raises(Stopped):
+        train(TINY_RECIPE, setting, resume=read_state(early), stop=_StopAtLook(2))
+    assert [read_state(file)["step"] for file in state_files(setting.output)] == [5, 3]
 
 
 @pytest.mark.parametrize(
@@ -250,7 +386,10 @@ def test_bad_usage_is_one_line(failure, options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--model", "vim_tinny"], "unknown model 'vim_tinny'; the nearest names are vim_tiny"),
+        (
+            ["--model", "vim_tinny_patch16"],
+            "the nearest names are vim_tiny_patch16_224",
+        ),
         (["--model-kwargs", "depht=1"], "unexpected keyword argument 'depht'; did you mean depth?"),
         (["--model-kwargs", "depth=-1"], "test_vim: cannot be built with num_classes=2, img_size=(16, 16), depth=-1: "),
         (["--aa", "rand-m9-inx1"], "--aa rand-m9-inx1: Unknown RandAugment config section; expected a policy such as"),
@@ -301,16 +440,65 @@ def test_few_damaged_files_are_skipped_with_a_warning(tmp_path, caplog):
 
 def test_loss_that_is_not_finite_ends_the_run_and_keeps_the_state(folder, tmp_path, monkeypatch):
     setting = Setting(folder, tmp_path / "run", CPU)
-    cross_entropy = train_module.cross_entropy
+    cross_entropy = training_step.cross_entropy
     calls = iter(range(100))
     monkeypatch.setattr(
-        train_module, "cross_entropy", lambda *args: cross_entropy(*args) * (1 if next(calls) < 4 else float("nan"))
+        training_step,
+        "cross_entropy",
+        lambda *args, **options: cross_entropy(*args, **options) * (1 if next(calls) < 4 else float("nan")),
     )
-    with pytest.raises(
-        ValueError, match=r"^train: the loss is nan in epoch 2, within its first 24 images; try a lower"
-    ):
+    with pytest.raises(ValueError, match=r"^train: the loss is nan at step 5, in epoch 2: first, the loss itself is"):
         train(TINY_RECIPE, setting)
-    assert read_state(setting.output)["epoch"] == 1
+    assert read_state(setting.output)["step"] == 3
+
+
+def test_first_module_that_is_not_finite_is_named_and_its_batch_kept(folder, tmp_path, monkeypatch):
+    recipe = TINY_RECIPE.with_options({"model_kwargs": TINY_RECIPE.model_kwargs | {"depth": 3}, "amp": True})
+    setting = Setting(folder, tmp_path / "run", CPU)
+    run = prepare(recipe, setting, fresh=True)
+    state = initial_state(run)
+    overflow = torch.finfo(torch.bfloat16).max  # finite in float32, infinite once it is doubled in bfloat16
+    with torch.no_grad():
+        run.classifier.model.blocks[1].mixer.in_proj.weight.fill_(overflow)
+    batch = next(iter(run.loader))
+    images = batch.images.clone()
+    with pytest.raises(NonFiniteLoss) as failure:
+        train_step(run, state, state.model, batch)
+    line = explain(run, state, failure.value)
+    assert "first, the output of blocks.1.mixer.in_proj (Linear) is not finite" in line
+    kept = torch.load(setting.output / "nonfinite-batch.pth")
+    assert (kept["step"], kept["epoch"]) == (1, 1)
+    assert kept["images"].shape == images.shape
+    assert not torch.equal(kept["images"], images)  # as the model got them, which is mixed
+    assert kept["targets"].sum(1).tolist() == pytest.approx([1] * 8)
+
+
+def test_weights_that_are_not_finite_are_named(folder, tmp_path):
+    run = prepare(TINY_RECIPE, Setting(folder, tmp_path / "run", CPU), fresh=True)
+    state = initial_state(run)
+    with torch.no_grad():
+        state.model.norm.weight[0] = float("nan")
+    with pytest.raises(NonFiniteLoss) as failure:
+        train_step(run, state, state.model, next(iter(run.loader)))
+    assert "first, the parameter norm.weight is not finite" in explain(run, state, failure.value)
+
+
+def test_weights_that_are_not_finite_are_not_kept(folder, tmp_path, monkeypatch):
+    step = torch.optim.AdamW.step
+
+    def spoil(optimizer, *args, **kwargs):
+        step(optimizer, *args, **kwargs)
+        optimizer.param_groups[0]["params"][0].data.fill_(float("inf"))
+
+    setting = Setting(folder, tmp_path / "run", CPU)
+    with pytest.raises(Stopped):
+        train(TINY_RECIPE, setting, stop=_StopAtLook(2))
+    monkeypatch.setattr(torch.optim.AdamW, "step", spoil)
+    with pytest.raises(
+        ValueError, match=r"^train: \w+(\.\w+)* is not finite after step 3; the state before it is kept"
+    ):
+        train(TINY_RECIPE, setting, resume=read_state(setting.output), stop=_StopAtLook(1))
+    assert [file.name for file in state_files(setting.output)] == ["state-00000002.pth"]
 
 
 def test_fine_tuning_starts_from_a_checkpoint_with_a_new_head(folder, tmp_path, failure):
@@ -372,8 +560,8 @@ def test_learning_rate_warms_up_and_falls_to_its_end(folder, tmp_path):
 
 def test_no_weight_decay_where_the_model_says_so(folder, tmp_path):
     recipe = TINY_RECIPE.with_options({"epochs": 1, "warmup_epochs": 0, "weight_decay": 0.5})
-    run = train_module._prepare(recipe, Setting(folder, tmp_path / "run", CPU), fresh=True)
-    groups = train_module._initial_state(run).optimizer.param_groups
+    run = prepare(recipe, Setting(folder, tmp_path / "run", CPU), fresh=True)
+    groups = initial_state(run).optimizer.param_groups
     names = {id(parameter): name for name, parameter in run.classifier.model.named_parameters()}
     decayed = {names[id(each)] for group in groups if group["weight_decay"] == 0.5 for each in group["params"]}
     spared = {names[id(each)] for group in groups if group["weight_decay"] == 0 for each in group["params"]}

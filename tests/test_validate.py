@@ -63,7 +63,7 @@ def test_a_folder_of_checkpoints_is_measured_once(data, tmp_path, capsys, caplog
     folder, results = tmp_path / "runs", tmp_path / f"results.{suffix}"
     for bias in (0, 1):
         save(folder / f"m{bias}.safetensors", bias=bias)
-    (folder / "state.pth").write_bytes(b"a state to resume from")
+    (folder / "state-00000012.pth").write_bytes(b"a state to resume from")
     command = ["validate", str(data), "--checkpoint", str(folder), "--results", str(results)]
     caplog.set_level("INFO")
     assert main(command) == 0

@@ -1,10 +1,14 @@
 """Files that are never half-written: a temporary name beside the target, renamed when complete."""
 
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+_TOKEN_BYTES = 8
+_TEMPORARY = re.compile(rf"\..*-[0-9a-f]{{{2 * _TOKEN_BYTES}}}(\.\w+)?")
 
 
 @contextmanager
@@ -18,7 +22,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.stem}-{secrets.token_hex(8)}{target.suffix}")
+    temporary = target.with_name(f".{target.stem}-{secrets.token_hex(_TOKEN_BYTES)}{target.suffix}")
     try:  # the name comes before the file, so that an interrupt at any moment finds it here
         temporary.touch(exist_ok=False)
         yield temporary
@@ -29,3 +33,14 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what `atomic_path` has left in a folder, where a process was killed while it wrote.
+
+    Args:
+        folder: Of which it is known that nobody is writing into it.
+    """
+    for path in folder.iterdir():
+        if _TEMPORARY.fullmatch(path.name):
+            path.unlink(missing_ok=True)

@@ -115,7 +115,7 @@ def data_options(args: argparse.Namespace) -> DataOptions:
 def model_options(args: argparse.Namespace) -> dict[str, Any]:
     """The options by the names of settings, with the types of these; None where an option was not given."""
     options = dict(vars(args))
-    for name in ("mean", "std", "scale"):
+    for name in ("mean", "std", "scale", "no_decay"):
         if options.get(name) is not None:
             options[name] = tuple(options[name])
     if options.get("model_kwargs") is not None:

@@ -4,9 +4,6 @@ import argparse
 import logging
 import os
 import re
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -15,10 +12,26 @@ from timm.optim import list_optimizers
 
 from vssm.cli import UsageError
 from vssm.cli._options import device, nearest, positive_int
-from vssm.cli._training import AMP_DTYPES, add_model_arguments, chosen_device, count, model_options, number
-from vssm.engine.checkpoints import STATE_FILE, read_state
+from vssm.cli._training import (
+    AMP_DTYPES,
+    DATA_HELP,
+    add_data_arguments,
+    add_model_arguments,
+    chosen_device,
+    count,
+    data_options,
+    model_options,
+    number,
+)
+from vssm.data import DataOptions
+from vssm.engine import distributed
+from vssm.engine.checkpoints import read_state, state_files
+from vssm.engine.dry_run import dry_run
+from vssm.engine.progress import duration
 from vssm.engine.recipe import DIGITS, Recipe
-from vssm.engine.train import Setting, train
+from vssm.engine.stopping import Stopped, stop_on_signals
+from vssm.engine.train import train
+from vssm.engine.training_setup import SaveEvery, Setting
 
 _DEFAULTS = Recipe()
 _SEED_LIMIT = 2**32 - 1
@@ -31,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         type=Path,
         metavar="DATA",
-        help="folder with class folders in train/ and val/; the embedded digits, with settings of their own, if absent",
+        help=f"{DATA_HELP}, with settings of their own",
     )
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="new or empty folder; output/MODEL-DATE-TIME if absent"
@@ -49,8 +62,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="processes that read images (default: 4 or as many as cores, digits: 0)",
     )
+    parser.add_argument(
+        "--save-every",
+        type=_save_every,
+        metavar="N|MINUTESm",
+        default=Setting.save_every,
+        help="write the state to resume from every N steps, or minutes (default: 15m), and after every epoch",
+    )
+    parser.add_argument("--keep", type=positive_int, default=Setting.keep, metavar="N", help="states to keep")
+    parser.add_argument("--tensorboard", action="store_true", help="write the log for TensorBoard, too")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="take two steps, say what memory and time they need, write nothing"
+    )
     parser.add_argument("--seed", type=_seed, help=_help("seed", "of weights, order of images and augmentation"))
+    add_data_arguments(parser, training=True)
     add_model_arguments(parser.add_argument_group("model", "None given: as the model itself says"))
+    _add_computation(parser.add_argument_group("computation", "None of it changes the result but for rounding"))
     _add_optimization(parser.add_argument_group("optimization"))
     _add_augmentation(parser.add_argument_group("augmentation"))
 
@@ -58,29 +85,80 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Trains and says what came of it."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if not distributed.is_main():  # it would say the same; but which files it cannot read, nobody else knows
+        logging.getLogger("vssm.engine").setLevel(logging.ERROR)
     resume = _state_to_resume(args)
     recipe, setting = _what_and_where(args, resume)
+    if args.dry_run:
+        _say(_dry_run_line(dry_run(recipe, setting)))
+        return 0
     data = setting.data_dir or "the embedded digits"
-    print(f"training {recipe.model} on {data}, {recipe.epochs} epochs on {setting.device}, into {setting.output}")
-    with _interrupted_by_sigterm():
-        record = train(recipe, setting, resume=resume)
-    print(
+    _say(f"training {recipe.model} on {data}, {recipe.epochs} epochs on {setting.device}, into {setting.output}")
+    try:
+        with stop_on_signals() as stop:
+            record = train(recipe, setting, resume=resume, stop=stop)
+    except Stopped as stopped:
+        _say(f"stopped after step {stopped.step}, in {stopped.state}; go on with --resume {setting.output}")
+        return 0
+    _say(
         f"held-out top-1 {record['top1']:.2f} %, top-5 {record['top5']:.2f} %, "
         f"loss {record['loss']:.4f} on {record['held_out_images']} images after {record['seconds']:.0f} s"
     )
-    print(f"weights: {record['checkpoint']}")
+    _say(f"weights: {record['checkpoint']}")
     return 0
 
 
+def _say(line: str) -> None:
+    """Prints a line, once for all processes of a run."""
+    if distributed.is_main():
+        print(line, flush=True)
+
+
+def _dry_run_line(found: dict[str, float | int]) -> str:
+    return (
+        f"two steps took {found['peak_memory_mib']:.0f} MiB at most; {found['images_per_s']:.1f} images/s would make "
+        f"{duration(found['seconds'])} for {found['steps']} steps, without evaluation and waiting for data"
+    )
+
+
+def _add_computation(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--fsdp", action="store_true", help="cut model and optimizer into parts, one for each process of torchrun"
+    )
+    group.add_argument("--compile", action="store_true", help="compile the model with torch.compile")
+    group.add_argument("--channels-last", action="store_true", help="lay images and maps out with channels last")
+
+
 def _add_optimization(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--batch-size", type=positive_int, metavar="N", help=_help("batch_size", "images per step"))
+    group.add_argument(
+        "--batch-size",
+        type=positive_int,
+        metavar="N",
+        help=_help("batch_size", "images per step, of all processes together"),
+    )
+    group.add_argument(
+        "--accum",
+        type=positive_int,
+        metavar="N",
+        help=_help("accum", "parts into which a process cuts its images of a step, to save memory"),
+    )
     group.add_argument("--epochs", type=positive_int, metavar="N", help=_help("epochs", "warm-up included"))
     group.add_argument("--opt", type=_optimizer, metavar="NAME", help=_help("opt", "optimizer, by timm's name"))
     group.add_argument("--lr", type=number(0), help=_help("lr", "learning rate after warm-up"))
     group.add_argument("--min-lr", type=number(0), metavar="LR", help=_help("min_lr", "learning rate at the end"))
     group.add_argument("--warmup-lr", type=number(0), metavar="LR", help=_help("warmup_lr", "learning rate at first"))
     group.add_argument("--warmup-epochs", type=count, metavar="N", help=_help("warmup_epochs", "length of warm-up"))
+    group.add_argument(
+        "--layer-decay", type=number(0, 1), metavar="X", help="learning rate's factor from layer to layer"
+    )
     group.add_argument("--weight-decay", type=number(0), metavar="X", help=_help("weight_decay", "of weights"))
+    group.add_argument(
+        "--no-decay",
+        nargs="*",
+        metavar="PATTERN",
+        help="parameters without decay, such as '*.D', instead of those that the model names; those of one dimension "
+        "have none in any case",
+    )
     group.add_argument("--clip-grad", type=number(0), metavar="NORM", help="largest norm of the gradient")
     group.add_argument("--drop-path", type=number(0, 1), metavar="P", help="stochastic depth of the last block")
     _add_flag(group, "--grad-checkpointing", "recompute activations to save memory")
@@ -155,6 +233,15 @@ def _seed(text: str) -> int:
     return value
 
 
+def _save_every(text: str) -> SaveEvery:
+    match = re.fullmatch(r"(\d*\.?\d+)m", text)
+    if match and float(match[1]) > 0:
+        return SaveEvery(minutes=float(match[1]))
+    if text.isdecimal() and int(text) > 0:
+        return SaveEvery(steps=int(text))
+    raise argparse.ArgumentTypeError(f"expected a number of steps such as 500, or of minutes such as 10m, got {text!r}")
+
+
 def _state_to_resume(args: argparse.Namespace) -> dict[str, Any] | None:
     """The state that ``--resume`` names; sets the output folder to the one it is in unless there is ``--output``."""
     if args.resume is None:
@@ -162,7 +249,7 @@ def _state_to_resume(args: argparse.Namespace) -> dict[str, Any] | None:
     if args.resume == "auto":
         if args.output is None:
             raise UsageError("--resume auto looks into --output, which is not given")
-        return read_state(args.output) if (args.output / STATE_FILE).is_file() else None
+        return read_state(args.output) if state_files(args.output) else None
     path = Path(args.resume)
     state = read_state(path)
     args.output = args.output or (path if path.is_dir() else path.parent)
@@ -171,20 +258,35 @@ def _state_to_resume(args: argparse.Namespace) -> dict[str, Any] | None:
 
 def _what_and_where(args: argparse.Namespace, resume: dict[str, Any] | None) -> tuple[Recipe, Setting]:
     """The recipe, from the options over the resumed run's or else the defaults', and the setting."""
-    data_dir = args.data_dir
+    data_dir, options = args.data_dir, data_options(args)
     if resume is not None:
         stored = resume["run"]
+        options = DataOptions.from_dict(stored["data_options"] | options.as_dict())
         base = Recipe.from_dict(stored["recipe"])
         data_dir = data_dir or (None if stored["data_dir"] is None else Path(stored["data_dir"]))
     else:
         base = DIGITS if data_dir is None else _DEFAULTS
     recipe = base.with_options(_options_for(base, model_options(args)))
     output = args.output or Path("output", f"{recipe.model}-{datetime.now():%Y%m%d-%H%M%S}")
-    if resume is None:
+    if resume is None and not args.dry_run:
         _check_is_new(output)
     workers = args.workers if args.workers is not None else _default_workers(data_dir)
-    new_head = args.num_classes is not None
-    return recipe, Setting(data_dir, output, chosen_device(args), workers, args.initial_checkpoint, new_head)
+    setting = Setting(
+        data_dir,
+        output,
+        chosen_device(args),
+        workers,
+        args.initial_checkpoint,
+        new_head=args.num_classes is not None,
+        save_every=args.save_every,
+        keep=args.keep,
+        fsdp=args.fsdp,
+        compile=args.compile,
+        channels_last=args.channels_last,
+        tensorboard=args.tensorboard,
+        data_options=options,
+    )
+    return recipe, setting
 
 
 def _options_for(base: Recipe, options: dict[str, Any]) -> dict[str, Any]:
@@ -207,17 +309,3 @@ def _check_is_new(output: Path) -> None:
         raise FileExistsError(
             f"{output}: the folder is not empty; name another with --output, or go on with --resume {output}"
         )
-
-
-@contextmanager
-def _interrupted_by_sigterm() -> Iterator[None]:
-    """Ends at SIGTERM as at Ctrl-C, so that files which are being written are removed."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

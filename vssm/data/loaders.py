@@ -1,23 +1,24 @@
 """Batches for training and evaluation, on timm's transforms; files that cannot be read are left out and counted."""
 
 import logging
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_transform
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.data.distributed_sampler import RepeatAugSampler
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
 from vssm.data.images import LabelledImages, UnreadableImage
 from vssm.data.pixels import Erased, Normalise, Pixels, PixelTransform, collate_pixels
 from vssm.data.policies import allow_no_bits
+from vssm.data.randomness import Purpose, seed_for, seeded
+from vssm.data.sampling import ALONE, Draw, EvaluationBatches, Share, TrainingBatches
 
 _logger = logging.getLogger(__name__)
 _CPU = torch.device("cpu")
@@ -146,46 +147,69 @@ class _Transformed(Dataset):
         return self.transform(image), self.images.targets[index], index
 
 
+class _Augmented(Dataset):
+    """Pixels of randomly changed images, by `Draw`, on whose epoch and place alone the changes depend."""
+
+    def __init__(self, transformed: _Transformed, *, seed: int) -> None:
+        self.transformed = transformed
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.transformed)
+
+    def __getitem__(self, draw: Draw) -> _Item:
+        with seeded(seed_for(Purpose.AUGMENTATION, self.seed, draw.epoch, draw.place)):
+            return self.transformed[draw.image]
+
+
 def train_loader(
     images: LabelledImages,
     config: InputConfig,
     augmentation: Augmentation,
     *,
     batch_size: int,
+    seed: int,
+    share: Share = ALONE,
     workers: int = 0,
     pin_memory: bool = False,
     device: torch.device = _CPU,
 ) -> DataLoader:
-    """Batches in a random order, which ``loader.sampler.set_epoch(n)`` chooses; the rest of an epoch is dropped.
+    """Batches in a random order; ``loader.batch_sampler.begin(epoch, step)`` says of which epoch, and from which on.
+
+    What an image of a batch looks like depends on seed, epoch and its place in the epoch's order, not on ``workers``,
+    nor on how many processes share a batch, nor on where an epoch begins.
 
     Args:
         images: Training images.
         config: Input of the model.
         augmentation: Random changes.
-        batch_size: Images per batch; all of them when there are fewer.
+        batch_size: Images per batch, of all processes together; all images when there are fewer.
+        seed: Of the order and of the random changes.
+        share: Part of every batch that this process takes.
         workers: Processes that read images; 0 to read in this one.
         pin_memory: Put batches where a GPU can fetch them.
         device: Where batches are normalised, and then are.
 
     Returns:
         A loader of `Batch`.
+
+    Raises:
+        ValueError: A process would get no image of a batch.
     """
-    dataset = _Transformed(images, channels=config.channels, transform=augmentation.transform(config))
-    sampler: RepeatAugSampler | DistributedSampler = (
-        RepeatAugSampler(dataset, num_replicas=1, rank=0, num_repeats=augmentation.repeats)
-        if augmentation.repeats > 1
-        else DistributedSampler(dataset, num_replicas=1, rank=0)
-    )
+    transformed = _Transformed(images, channels=config.channels, transform=augmentation.transform(config))
+    batches = TrainingBatches(len(images), batch_size=batch_size, seed=seed, repeats=augmentation.repeats, share=share)
+    if batches.batch_size < share.ranks:
+        raise ValueError(
+            f"train: expected at least as many images in a batch as the {share.ranks} processes, "
+            f"got {batches.batch_size}"
+        )
     return _Loader(
-        dataset,
+        _Augmented(transformed, seed=seed),
         config=config,
         device=device,
-        batch_size=min(batch_size, len(sampler)),
-        sampler=sampler,
-        drop_last=True,
+        batch_sampler=batches,
         num_workers=workers,
         pin_memory=pin_memory,
-        worker_init_fn=_seed_numpy,
     )
 
 
@@ -194,16 +218,21 @@ def eval_loader(
     config: InputConfig,
     *,
     batch_size: int,
+    share: Share = ALONE,
     workers: int = 0,
     pin_memory: bool = False,
     device: torch.device = _CPU,
 ) -> DataLoader:
-    """Batches of all images in their order, without random changes; arguments as in `train_loader`."""
+    """Batches of all images in their order, without random changes.
+
+    Processes that share the images get equally many batches, the last of which may be empty; no image comes twice.
+    Arguments as in `train_loader`, but that ``batch_size`` counts the images of this process.
+    """
     return _Loader(
         _Transformed(images, channels=config.channels, transform=config.pixel_transform()),
         config=config,
         device=device,
-        batch_size=batch_size,
+        batch_sampler=EvaluationBatches(len(images), batch_size=batch_size, share=share),
         num_workers=workers,
         pin_memory=pin_memory,
     )
@@ -269,7 +298,9 @@ class _Loader(DataLoader):
 
     def __init__(self, dataset: Dataset, *, config: InputConfig, device: torch.device, **options: Any) -> None:
         shape = (config.channels, config.height, config.width)
-        super().__init__(dataset, collate_fn=partial(_collate, shape=shape), **options)
+        super().__init__(
+            dataset, collate_fn=partial(_collate, shape=shape), worker_init_fn=_leave_signals_to_the_run, **options
+        )
         self._normalise = Normalise(config.mean, config.std, device=device)
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  DataLoader names its own class
@@ -288,8 +319,7 @@ def _collate(items: Sequence[_Item], *, shape: tuple[int, int, int]) -> _RawBatc
     return _RawBatch(values, erased, targets, indices, unreadable)
 
 
-def _seed_numpy(worker: int) -> None:
-    """Gives numpy the worker's seed, as torch has done for its own and Python's generator."""
-    info = get_worker_info()
-    assert info is not None, f"worker {worker} is a worker"
-    np.random.seed(info.seed % 2**32)
+def _leave_signals_to_the_run(worker: int) -> None:
+    """Lets a worker go on at signals that reach every process, as Ctrl-C does: the run first ends its step."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)

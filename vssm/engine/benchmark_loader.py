@@ -172,7 +172,7 @@ def _ours(images: LabelledImages, augmentation: Augmentation | None, setting: Lo
     }
     if augmentation is None:
         return eval_loader(images, config, **loading)
-    return train_loader(images, config, augmentation, **loading)
+    return train_loader(images, config, augmentation, seed=0, **loading)
 
 
 def _theirs(folder: str, augmentation: Augmentation | None, setting: LoaderSetting) -> Any:

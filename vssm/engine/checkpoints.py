@@ -1,91 +1,31 @@
-"""The state of a training run on disk: written whole or not at all, read without running code, resumed exactly."""
+"""States of a training run on disk: written whole or not at all, read without running code, the newest few kept."""
 
+import logging
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.scheduler.scheduler import Scheduler
-from timm.utils import ModelEmaV3
-from torch import nn
-from torch.optim import Optimizer
 
-from vssm.files import atomic_path
+from vssm.files import atomic_path, remove_leftovers
 
-STATE_FILE = "state.pth"
-_VERSION = 1
+BATCH_FILE = "nonfinite-batch.pth"
+_VERSION = 2
+_NAME = re.compile(r"state-(\d{8,})\.pth")
 
-
-@dataclass
-class TrainingState:
-    """All that changes in the course of training.
-
-    Random numbers are not among it: every epoch seeds the generators anew from the run's seed and its own number. The
-    learning rate is not either, a function of the number of steps.
-
-    Args:
-        model: The model.
-        optimizer: Its optimizer.
-        scheduler: Sets the optimizer's learning rate.
-        scaler: Scaler of the loss for float16; disabled for other types.
-        ema: Moving average of the weights, if there is one.
-        epoch: Epochs done.
-        history: One record per epoch done.
-        best: Accuracy and negated loss of the best epoch.
-    """
-
-    model: nn.Module
-    optimizer: Optimizer
-    scheduler: Scheduler
-    scaler: torch.amp.GradScaler
-    ema: ModelEmaV3 | None = None
-    epoch: int = 0
-    history: list[dict[str, float | int]] = field(default_factory=list)
-    best: tuple[float, float] = (-1.0, 0.0)
-
-    @property
-    def evaluated(self) -> nn.Module:
-        """The model that is evaluated and kept: the moving average, if there is one."""
-        return self.model if self.ema is None else self.ema.module
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state in values and tensors."""
-        return {
-            "model": self.model.state_dict(),
-            "model_ema": None if self.ema is None else self.ema.module.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "epoch": self.epoch,
-            "history": self.history,
-            "best": list(self.best),
-        }
-
-    def load_state_dict(self, stored: dict[str, Any]) -> None:
-        """Takes over a state; raises ValueError if it belongs to another model or optimizer."""
-        if (stored["model_ema"] is None) != (self.ema is None):
-            have = "no" if stored["model_ema"] is None else "a"
-            raise ValueError(
-                f"resume: the stored run has {have} moving average of weights; --model-ema must stay the same"
-            )
-        try:
-            self.model.load_state_dict(stored["model"])
-            if self.ema is not None:
-                self.ema.module.load_state_dict(stored["model_ema"])
-            self.optimizer.load_state_dict(stored["optimizer"])
-            self.scaler.load_state_dict(stored["scaler"])
-        except (RuntimeError, KeyError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"resume: the stored run is of another model or optimizer ({reason})") from error
-        self.epoch, self.history, self.best = stored["epoch"], stored["history"], tuple(stored["best"])
+_logger = logging.getLogger(__name__)
 
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
     """Keeps a folder for one run: makes it, lets no other run in, and removes it if it was made for nothing.
+
+    What a run that was killed has left half-written is removed.
 
     Args:
         folder: Of the run.
@@ -102,6 +42,7 @@ def claimed(folder: Path) -> Iterator[None]:
         raise PermissionError(f"{folder}: no permission to write into this folder; name another with --output")
     try:
         with _locked(folder):
+            remove_leftovers(folder)
             yield
     finally:
         if is_new:
@@ -134,44 +75,86 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def save_state(folder: Path, state: TrainingState, run: dict[str, Any]) -> None:
-    """Writes the state of a run into its folder.
+def state_file(folder: Path, step: int) -> Path:
+    """Where the state after so many steps is kept."""
+    return folder / f"state-{step:08d}.pth"
+
+
+def state_files(folder: Path) -> list[Path]:
+    """The states in the folder of a run, newest first."""
+    found = {path: _NAME.fullmatch(path.name) for path in folder.glob("state-*.pth")}
+    return sorted((path for path, match in found.items() if match), key=_step_of, reverse=True)
+
+
+def is_kept_by_training(path: Path) -> bool:
+    """Whether a file, by its name, is what training keeps for itself, not weights: a state, or a batch that failed."""
+    return _NAME.fullmatch(path.name) is not None or path.name == BATCH_FILE
+
+
+def save_state(folder: Path, state: dict[str, Any], *, run: dict[str, Any], keep: int) -> Path:
+    """Writes the state of a run into its folder; only then removes those that are no longer needed.
+
+    These are the older ones, and any of a later step: they are damaged, or the run has gone back behind them.
 
     Args:
         folder: Of the run.
-        state: What changes.
+        state: What changes: `vssm.engine.training_state.TrainingState.state_dict`.
         run: What does not: settings and data, in plain values.
+        keep: Number of states to keep.
+
+    Returns:
+        The file.
 
     Raises:
-        OSError: The disk is full.
+        OSError: The disk is full; the earlier states are still there.
     """
-    with atomic_path(folder / STATE_FILE) as temporary:
+    file = state_file(folder, state["step"])
+    with atomic_path(file) as temporary:
         try:
-            torch.save({"version": _VERSION, "run": run, **state.state_dict()}, temporary)
+            torch.save({"version": _VERSION, "run": run, **state}, temporary)
         except RuntimeError as error:  # torch's own for a write that failed
-            raise OSError(f"{folder / STATE_FILE}: could not be written; is the disk full?") from error
+            raise OSError(f"{file}: could not be written; is the disk full?") from error
+    kept = [each for each in state_files(folder) if _step_of(each) <= state["step"]][:keep]
+    for other in set(state_files(folder)) - set(kept):
+        other.unlink()
+    return file
 
 
 def read_state(path: str | os.PathLike) -> dict[str, Any]:
     """Reads what `save_state` has written.
 
     Args:
-        path: The file, or the folder of the run.
+        path: The file, or the folder of the run, of which the newest state is taken that is not damaged.
 
     Returns:
-        The entries of `TrainingState.state_dict`, and ``run``.
+        The entries of the state, and ``run``.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: It is incomplete, or something else.
     """
-    file = Path(path, STATE_FILE) if Path(path).is_dir() else Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such training state to resume from")
+    files = state_files(Path(path)) if Path(path).is_dir() else [Path(path)]
+    for file, older in pairwise(files):
+        try:
+            return _read(file)
+        except ValueError as error:
+            _logger.warning("%s; going on from %s", error, older.name)
+    if not files or not files[-1].is_file():
+        raise FileNotFoundError(f"{path}: no such training state to resume from")
+    return _read(files[-1])
+
+
+def _read(file: Path) -> dict[str, Any]:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes make torch raise almost anything
-        raise ValueError(f"{file}: incomplete or not a training state; expected {STATE_FILE} of a run") from error
+        raise ValueError(f"{file}: incomplete or not a training state") from error
     if not isinstance(content, dict) or content.get("version") != _VERSION:
-        raise ValueError(f"{file}: not a training state of this version of vssm; expected {STATE_FILE} of a run")
+        raise ValueError(f"{file}: not a training state of this version of vssm")
     return content
+
+
+def _step_of(file: Path) -> int:
+    match = _NAME.fullmatch(file.name)
+    assert match is not None, "state_files lists nothing else"
+    return int(match[1])

@@ -6,18 +6,19 @@ from typing import Any
 import torch
 
 from vssm.data import LabelledImages, open_digits
+from vssm.engine.checkpoints import state_files
 from vssm.engine.classifier import load
 from vssm.engine.contact_sheet import draw_contact_sheet
 from vssm.engine.evaluate import validate
 from vssm.engine.predict import predict
 from vssm.engine.recipe import DIGITS
 from vssm.engine.records import write_results
-from vssm.engine.train import Setting, train
+from vssm.engine.train import train
+from vssm.engine.training_setup import Setting
 
 _SHEET = 64  # images on the picture
 _FILES_PER_DIGIT = 2
 _WRITTEN = (
-    "state.pth",
     "log.csv",
     "best.safetensors",
     "best.json",
@@ -33,7 +34,7 @@ _WRITTEN = (
 def clear(output: Path) -> bool:
     """Removes what an earlier demonstration has left in a folder, and nothing else; returns whether there was any."""
     old = [output / name for name in _WRITTEN if (output / name).is_file()]
-    for file in [*old, *(output / "images").glob("*/digit-*.png")]:
+    for file in [*old, *state_files(output), *(output / "images").glob("*/digit-*.png")]:
         file.unlink()
     return bool(old)
 

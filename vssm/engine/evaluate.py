@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from vssm.data import DataOptions, LabelledImages, open_dataset
-from vssm.data.loaders import ReadingCheck, eval_loader
+from vssm.data.loaders import Batch, ReadingCheck, eval_loader
+from vssm.engine import distributed
 from vssm.engine.classifier import Classifier
 from vssm.engine.memory import halving
 from vssm.engine.tallies import PerClass, RealLabels, Tally, read_real_labels, real_labels_of
@@ -28,8 +29,9 @@ def evaluate(
     device: torch.device,
     amp_dtype: torch.dtype | None = None,
     tallies: Sequence[Tally] = (),
+    after_batch: Callable[[], None] | None = None,
 ) -> dict[str, float | int]:
-    """Runs a model over all images of a loader.
+    """Runs a model over all images of a loader, or of the loaders of processes that share the images.
 
     Args:
         model: Maps images to logits; it is put into evaluation mode and back.
@@ -37,7 +39,8 @@ def evaluate(
         source: Where the images come from, for messages.
         device: Where to compute; the model is there.
         amp_dtype: Half precision for autocast; float32 when not given.
-        tallies: What else counts the answers.
+        tallies: What else counts the answers, of this process.
+        after_batch: Called after every batch; what it raises ends the evaluation.
 
     Returns:
         ``top1`` and ``top5`` in percent, ``loss`` (mean cross-entropy in nats), the counts ``images``,
@@ -51,18 +54,18 @@ def evaluate(
     check = ReadingCheck(source, len(loader.dataset))  # type: ignore[arg-type]  ours have a length
     counts = torch.zeros(4, dtype=torch.float64)
     start = time.perf_counter()
-    for batch in tqdm(loader, desc="evaluating", leave=False, disable=not sys.stderr.isatty()):
+    shown = sys.stderr.isatty() and distributed.is_main()
+    for batch in tqdm(loader, desc="evaluating", leave=False, disable=not shown):
         check.update(batch)
-        if len(batch.targets):
-            with torch.inference_mode(), autocast(device, amp_dtype):
-                logits = model(batch.images.to(device, non_blocking=True))
-            logits = logits.float().cpu()
-            counts += _count(logits, batch.targets)
-            for tally in tallies:
-                tally.update(logits, batch)
+        logits = _logits(model, batch, device, amp_dtype)
+        counts += _count(logits, batch.targets)
+        for tally in tallies:
+            tally.update(logits, batch)
+        if after_batch is not None:
+            after_batch()
     check.warn()
     model.train(training)
-    images, top1, top5, loss = counts.tolist()
+    images, top1, top5, loss, unreadable = distributed.summed(*counts.tolist(), len(check.unreadable))
     return {
         "top1": 100 * top1 / images,
         "top5": 100 * top5 / images,
@@ -70,7 +73,7 @@ def evaluate(
         "images": int(images),
         "correct_top1": int(top1),
         "correct_top5": int(top5),
-        "unreadable": len(check.unreadable),
+        "unreadable": int(unreadable),
         "images_per_s": images / (time.perf_counter() - start),
     }
 
@@ -162,6 +165,18 @@ def open_for(
 def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager:
     """Half precision where that is safe; nothing when ``dtype`` is None."""
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+def _logits(model: nn.Module, batch: Batch, device: torch.device, amp_dtype: torch.dtype | None) -> Tensor:
+    """Logits (b, classes) of a batch, on the CPU.
+
+    A model that is cut into parts needs all processes to run it: one without images of its own runs on a blank.
+    """
+    images = batch.images if len(batch.targets) else batch.images.new_zeros(1, *batch.images.shape[1:])
+    # Not in inference_mode: sharded parameters are gathered into buffers that training uses again.
+    with torch.no_grad(), autocast(device, amp_dtype):
+        logits = model(images.to(device, non_blocking=True))
+    return logits.float().cpu()[: len(batch.targets)]
 
 
 def _count(logits: Tensor, targets: Tensor) -> Tensor:

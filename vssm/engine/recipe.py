@@ -11,14 +11,17 @@ class Recipe(ModelSpec):
 
     Args:
         grad_checkpointing: Recompute activations in the backward pass to save memory.
-        batch_size: Images per step.
+        batch_size: Images per step, of all processes together.
+        accum: Parts into which every process cuts its images of a step, one after the other, to save memory.
         epochs: Passes over the training images, warm-up included.
         opt: Optimizer, by timm's name.
         lr: Learning rate after warm-up.
         min_lr: Learning rate at the end.
         warmup_lr: Learning rate at the start of warm-up.
         warmup_epochs: Length of warm-up.
-        weight_decay: Of weights; biases, norms, positions and what the model names are never decayed.
+        layer_decay: Factor on the learning rate per layer, from the last to the first; none when None.
+        weight_decay: Of weights; what has one dimension, such as biases and norms, is never decayed.
+        no_decay: Patterns of the names of other parameters that are not; those that the model names when None.
         clip_grad: Largest norm of the gradient; unlimited when None.
         scale: Smallest and largest part of the image's area that a random crop takes.
         hflip: Probability of a horizontal flip.
@@ -40,13 +43,16 @@ class Recipe(ModelSpec):
 
     grad_checkpointing: bool = False
     batch_size: int = 128
+    accum: int = 1
     epochs: int = 300
     opt: str = "adamw"
     lr: float = 5e-4
     min_lr: float = 1e-5
     warmup_lr: float = 1e-6
     warmup_epochs: int = 5
+    layer_decay: float | None = None
     weight_decay: float = 0.05
+    no_decay: tuple[str, ...] | None = None
     clip_grad: float | None = None
     scale: tuple[float, float] = (0.08, 1.0)
     hflip: float = 0.5
@@ -72,6 +78,11 @@ class Recipe(ModelSpec):
             )
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise ValueError(f"train: expected 0 < scale[0] <= scale[1] <= 1, got {self.scale[0]} and {self.scale[1]}")
+
+    @property
+    def mixes_pairs(self) -> bool:
+        """Whether images are mixed in pairs, of which a batch must then consist."""
+        return self.mixup > 0 or self.cutmix > 0
 
 
 # The embedded digits: small grey images that must not be mirrored, and too few for strong augmentation.

@@ -11,7 +11,7 @@ import timm
 from timm.utils.misc import natural_key
 
 import vssm
-from vssm.engine.checkpoints import STATE_FILE
+from vssm.engine.checkpoints import is_kept_by_training
 from vssm.engine.memory import release
 from vssm.engine.records import read_results, write_results
 
@@ -140,7 +140,7 @@ def _spelled(settings: object) -> str:
 
 def _checkpoints_in(folder: Path, *, named: bool) -> list[Path]:
     files = [path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file()]
-    weights = [path for path in files if path.name != STATE_FILE and not path.name.startswith(".")]
+    weights = [path for path in files if not is_kept_by_training(path) and not path.name.startswith(".")]
     chosen = [path for path in weights if named or path.with_suffix(".json").is_file()]
     if not chosen:
         found = "checkpoints without a description beside them: name their model with --model" if weights else "none"
