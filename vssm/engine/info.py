@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from vssm.engine.published import PUBLISHED
 from vssm.engine.zoo import count_parameters, create_by_name, input_size
+from vssm.pruning import Schedule
 from vssm_kernels.library import step_product_flops
 
 _Flops = dict[str, dict]
@@ -41,7 +42,9 @@ class Counts(NamedTuple):
         return Counts(*(mine - theirs for mine, theirs in zip(self, other, strict=True)))
 
 
-def describe(name: str, *, img_size: tuple[int, int] | None = None, batch_size: int = 1) -> dict:
+def describe(
+    name: str, *, img_size: tuple[int, int] | None = None, batch_size: int = 1, prune: Schedule | None = None
+) -> dict:
     """Counts one forward pass, without computing it.
 
     Counted are matrix products (linear layers, attention, dt_weight·dt) and convolutions, one per multiply-add without
@@ -53,14 +56,16 @@ def describe(name: str, *, img_size: tuple[int, int] | None = None, batch_size: 
         name: A model of vssm or timm.
         img_size: Input height and width in pixels; the model's own when not given.
         batch_size: Images in the forward pass.
+        prune: How to reduce tokens, for a second count of operations.
 
     Returns:
         Record with ``params``, ``matmul_macs``, ``conv_macs``, ``scan_ops``, ``activations``, the same in readable
         units (``params_m``, ``gmacs``, ``scan_gops``, ``total_gflops``, ``activations_m``), the published figures
-        (``None`` where none are known for this input) and ``parts``, one mapping per part of the model.
+        (``None`` where none are known for this input) and ``parts``, one mapping per part of the model. With ``prune``
+        also the schedule as a mapping, and what `count_reduced` returns.
 
     Raises:
-        ValueError: The name is unknown, or the model takes no other input size.
+        ValueError: The name is unknown, the model takes no other input size, or the schedule does not suit it.
     """
     with torch.device("meta"):
         model = create_by_name(name, img_size=img_size).eval()
@@ -68,9 +73,7 @@ def describe(name: str, *, img_size: tuple[int, int] | None = None, batch_size: 
         size = img_size or (height, width)
         images = torch.empty(batch_size, channels, *size)
     parts = count_parts(model, images)
-    total = Counts()
-    for counts in parts.values():
-        total = total.plus(counts)
+    total = _sum(parts)
     published = PUBLISHED.get(name.partition(".")[0]) if (size, batch_size) == ((height, width), 1) else None
     macs = total.matmul_macs + total.conv_macs
     return {
@@ -87,7 +90,50 @@ def describe(name: str, *, img_size: tuple[int, int] | None = None, batch_size: 
         "published_gflops": published and published.gflops,
         "published_source": published and published.source,
         "parts": [{"part": part, **counts._asdict()} for part, counts in parts.items()],
+        **(
+            {}
+            if prune is None
+            else {"prune": prune.as_dict(), **count_reduced(model, images, prune, dense=macs + total.scan_ops)}
+        ),
     }
+
+
+def count_reduced(model: nn.Module, images: torch.Tensor, schedule: Schedule, *, dense: int) -> dict[str, Any]:
+    """Counts a forward pass on the tokens that a schedule leaves; the policy's own products are in it.
+
+    Args:
+        model: Model, on the meta device or any other.
+        images: Input, (b, c, h, w).
+        schedule: How to reduce tokens.
+        dense: What `count_operations` returns for all tokens.
+
+    Returns:
+        ``tokens_left``, the number after each cut, ``pruned_gflops`` and ``pruned_over_dense``.
+
+    Raises:
+        ValueError: The schedule does not suit the model.
+    """
+    with schedule.reducer(model) as reducer:
+        pruned = count_operations(model, images)
+        left = [token_map.count for token_map in reducer.maps.values()]
+    return {
+        "tokens_left": left,
+        "pruned_gflops": pruned / 1e9,
+        "pruned_over_dense": pruned / dense,
+    }
+
+
+def count_operations(model: nn.Module, images: torch.Tensor) -> int:
+    """Multiply-adds and operations of scans of a forward pass, as in `describe`."""
+    total = _sum(count_parts(model, images))
+    return total.matmul_macs + total.conv_macs + total.scan_ops
+
+
+def _sum(parts: dict[str, Counts]) -> Counts:
+    total = Counts()
+    for counts in parts.values():
+        total = total.plus(counts)
+    return total
 
 
 def count_parts(model: nn.Module, images: torch.Tensor) -> dict[str, Counts]:

@@ -2,6 +2,7 @@
 
 from vssm.pruning.policies import METHODS, SCORES, BlockTrace, Policy, Score
 from vssm.pruning.reducer import ALIGNMENTS, CONVOLUTIONS, TokenReducer, count_kept
+from vssm.pruning.schedule import Schedule, read_schedule
 from vssm.pruning.token_map import Reduction, TokenMap
 
 __all__ = [
@@ -12,8 +13,10 @@ __all__ = [
     "BlockTrace",
     "Policy",
     "Reduction",
+    "Schedule",
     "Score",
     "TokenMap",
     "TokenReducer",
     "count_kept",
+    "read_schedule",
 ]

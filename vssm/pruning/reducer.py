@@ -242,7 +242,7 @@ class TokenReducer:
         if self.align == "mask" and token_map is not None:
             x, out = token_map.gather(x), token_map.gather(out)
         if place.cut is not None:
-            before = token_map or TokenMap.full(x.shape[0], x.shape[1], x.device)
+            before = token_map or TokenMap.full(x.shape[0], x.shape[1], size=args[1], device=x.device)
             out = self._cut(run, place.cut, before, trace, x, out)
             token_map = run.maps[place.cut]
         if token_map is None or token_map.is_full or not (place.last or place.index in run.dense):

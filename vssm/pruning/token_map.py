@@ -35,19 +35,21 @@ class TokenMap:
         where: For each of the l tokens an index (b, l) into the stream followed by the bank of all tokens that cuts
             dropped without merging, in the order of the cuts.
         weight: Number of tokens (b, t) that each token of the stream is the mean of.
+        size: Rows and columns of the grid of patches; a class token counts among the tokens, but not here.
         banked: Number of tokens in the bank.
     """
 
     kept: Tensor
     where: Tensor
     weight: Tensor
+    size: tuple[int, int]
     banked: int = 0
 
     @classmethod
-    def full(cls, batch: int, tokens: int, device: torch.device) -> "TokenMap":
+    def full(cls, batch: int, tokens: int, *, size: tuple[int, int], device: torch.device) -> "TokenMap":
         """The map before any cut."""
         everything = torch.arange(tokens, device=device).expand(batch, -1)
-        return cls(everything, everything, torch.ones(batch, tokens, device=device))
+        return cls(everything, everything, torch.ones(batch, tokens, device=device), size)
 
     @property
     def tokens(self) -> int:
@@ -87,6 +89,7 @@ class TokenMap:
             kept=take(self.kept, reduction.kept),
             where=take(torch.cat([moved, numbers(count, self.banked)], dim=1), self.where),
             weight=weight,
+            size=self.size,
             banked=self.banked + (left if reduction.target is None else 0),
         )
 
