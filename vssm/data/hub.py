@@ -71,7 +71,7 @@ def list_hub(data: str, wanted: Wanted, *, image_key: str | None = None, label_k
         raise ValueError(
             f"{data}: cannot read {split!r} by the columns {some([*columns.values()])}: {reason}"
         ) from error
-    labels = list(reader.iter_targets())
+    labels = [row[columns["target_key"]] for row in reader.dataset.remove_columns(columns["input_key"])]
     if wrong := [label for label in labels if isinstance(label, bool) or not isinstance(label, int | str)]:
         raise ValueError(f"{data}: expected one class per image in {columns['target_key']!r}, got {wrong[0]!r}")
     names = sorted(reader.class_to_idx, key=reader.class_to_idx.__getitem__) or None
