@@ -7,6 +7,7 @@ from enum import IntEnum
 
 import numpy as np
 import torch
+from torch.utils.data import get_worker_info
 
 
 class Purpose(IntEnum):
@@ -32,16 +33,20 @@ def seed_for(purpose: Purpose, *key: int) -> int:
 def seeded(seed: int) -> Iterator[None]:
     """Seeds Python's, numpy's and torch's CPU generator for a block, and gives them back their states after it.
 
+    Not in the worker process of a loader, where nothing else draws from them and this would take longer than seeding.
+
     Args:
         seed: From 0 to 2³² − 1.
     """
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    kept = get_worker_info() is None
+    before = (random.getstate(), np.random.get_state(), torch.get_rng_state()) if kept else None
     random.seed(seed)
     np.random.seed(seed)
     torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach the generators of GPUs too
     try:
         yield
     finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
-        torch.set_rng_state(before[2])
+        if before is not None:
+            random.setstate(before[0])
+            np.random.set_state(before[1])
+            torch.set_rng_state(before[2])
