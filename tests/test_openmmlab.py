@@ -1,5 +1,6 @@
 """Our backbones in mmdetection and mmsegmentation; runs where the extra ``mm`` is installed."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import nn
 import vssm
 from golden import records
 from golden.dense import OFFICIAL
+from vssm.cli import main
 from vssm.data.scenes import write_ade, write_coco
 
 pytestmark = pytest.mark.mm
@@ -87,6 +89,23 @@ def test_pretrained_weights_stay_when_a_detector_is_initialised(tmp_path):
         state = classifier.state_dict()
         for key, value in detector.backbone.model.state_dict().items():
             torch.testing.assert_close(value, state[key], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("tool", ["mmdet/test.py", "mmseg/train.py"])
+def test_tools_of_the_frameworks_run(tool):
+    _ours()
+    command = [sys.executable, "-m", "vssm.openmmlab", tool, "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "--cfg-options" in done.stdout
+
+
+def test_an_unknown_tool_is_one_line():
+    _ours()
+    done = subprocess.run([sys.executable, "-m", "vssm.openmmlab", "mmdet/no.py"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        "vssm.openmmlab: no script 'mmdet/no.py', and no tool of an installed mmdet or mmseg"
+    )
 
 
 def test_errors_say_what_to_do(tmp_path):
@@ -310,19 +329,24 @@ def test_a_recipe_trains_saves_resumes_and_predicts(name, coco, ade, tmp_path):
 
     predicting = _small_config(CONFIGS / name, root, tmp_path / "work", model_name="test_vmamba")
     predicting.test_dataloader = Config.fromfile(CONFIGS / name).test_dataloader
+    predicting.dump(tmp_path / "recipe.py")
+    command, folder = ("detect", coco / "val2017") if detection else ("segment", ade / "images" / "validation")
+    options = ["--recipe", tmp_path / "recipe.py", "--checkpoint", file, "--results", tmp_path / "found.json"]
+    options += ["--pictures", tmp_path / "out", *(["--threshold", "0"] if detection else [])]
+    assert main([command, str(folder), *map(str, options)]) == 0
+    (record,) = json.loads((tmp_path / "found.json").read_text())
+    assert Path(record["picture"]).is_file()
     if detection:
-        from mmdet.apis import inference_detector, init_detector
-
-        model = init_detector(predicting, str(file), device="cpu")
-        found = inference_detector(model, str(coco / "val2017" / "000000000001.jpg")).pred_instances
-        assert found.bboxes.shape[1] == 4
-        assert found.masks.shape[1:] == SIZE
+        assert {each["class"] for each in record["objects"]} <= set(map(str, range(10)))
+        assert all(each["mask"]["size"] == list(SIZE) for each in record["objects"])
+        assert record["objects"]
     else:
-        from mmseg.apis import inference_model, init_model
+        assert sum(record["shares"].values()) == pytest.approx(1)
 
-        model = init_model(predicting, str(file), device="cpu")
-        found = inference_model(model, str(ade / "images" / "validation" / "ADE_00000001.jpg"))
-        assert tuple(found.pred_sem_seg.data.shape) == (1, *SIZE)
+    from vssm.engine.detect import framework
+
+    init = framework("mmdet").init_detector if detection else framework("mmseg").init_model
+    model = init(predicting, str(file), device="cpu")
     for key, value in model.backbone.state_dict().items():
         torch.testing.assert_close(value, runner.model.backbone.state_dict()[key])
 

@@ -63,6 +63,17 @@ def read_with_report(
     path: str | os.PathLike, trust_pickle: bool = False, *, entry: str | None = None
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """As `read`; also returns, for each entry of the file that is no model weight, why it was left out."""
+    return _take_backbone(*_read(path, trust_pickle, entry))
+
+
+def read_whole(path: str | os.PathLike, trust_pickle: bool = False) -> dict[str, Tensor]:
+    """As `read`, but of a detector, all its weights."""
+    return _read(path, trust_pickle)[0]
+
+
+def _read(
+    path: str | os.PathLike, trust_pickle: bool, entry: str | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint.read: no file {str(path)!r}")
@@ -71,8 +82,7 @@ def read_with_report(
     is_safetensors = head[8:9] == b"{"  # 8 bytes of length, then a header in JSON
     content = _load_safetensors(path) if is_safetensors else _load_pickle(path, trust_pickle)
     weights, left_out = _unwrap(content, path, entry)
-    weights = _strip_wrappers(weights)
-    return _take_backbone(weights, left_out)
+    return _strip_wrappers(weights), left_out
 
 
 def check(model: nn.Module, state_dict: Mapping[str, Tensor], *, adapted: Collection[str] = ()) -> None:

@@ -145,6 +145,13 @@ def write_ade(root: str | os.PathLike, *, train: int, val: int, size: tuple[int,
     return root
 
 
+def run_lengths(mask: np.ndarray) -> list[int]:
+    """Lengths of the runs of zeros and ones in turn, down the columns of a mask (h, w), as COCO counts them."""
+    flat = np.concatenate([[False], mask.T.ravel()])
+    ends = np.append(np.flatnonzero(flat[1:] != flat[:-1]), mask.size)
+    return np.diff(ends, prepend=0).tolist()
+
+
 def _parts(train: int, val: int, size: tuple[int, int], folders: dict[str, str]) -> Iterator[tuple[str, DigitScenes]]:
     yield folders["train"], DigitScenes("train", train, size=size)
     yield folders["val"], DigitScenes("val", val, size=size)
@@ -220,12 +227,5 @@ def _coco_annotations(scene: Scene, *, image_id: int) -> Iterator[dict[str, Any]
             "iscrowd": 0,
             "area": int(mask.sum()),
             "bbox": [x0, y0, x1 - x0, y1 - y0],
-            "segmentation": {"size": list(mask.shape), "counts": _run_lengths(mask)},
+            "segmentation": {"size": list(mask.shape), "counts": run_lengths(mask)},
         }
-
-
-def _run_lengths(mask: np.ndarray) -> list[int]:
-    """Lengths of the runs of zeros and ones in turn, down the columns, as COCO counts them."""
-    flat = np.concatenate([[False], mask.T.ravel()])
-    ends = np.append(np.flatnonzero(flat[1:] != flat[:-1]), mask.size)
-    return np.diff(ends, prepend=0).tolist()

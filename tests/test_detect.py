@@ -1,0 +1,134 @@
+"""``vssm detect`` and ``vssm segment``: what is found is told, written and drawn where it is."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vssm import detection
+from vssm.cli import main
+from vssm.data.scenes import DigitScenes, run_lengths
+from vssm.engine.detect import Detector, Found, detect, image_files, named_pictures
+from vssm.engine.segment import Segmentor, segment
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with a scene, and a folder in it with another of the same name."""
+    scenes = DigitScenes("val", 2, size=(64, 96))
+    for index, place in enumerate((tmp_path / "images", tmp_path / "images" / "more")):
+        place.mkdir()
+        Image.fromarray(scenes.scene(index).image).save(place / "scene.png")
+    return tmp_path / "images"
+
+
+def _knowing_detector():
+    """Finds what is in the scenes, since it knows them, and at the end something doubtful in a corner."""
+    scenes = DigitScenes("val", 2, size=(64, 96))
+    by_pixels = {scenes.scene(index).image.tobytes(): scenes.scene(index) for index in range(2)}
+
+    def find(image):
+        scene = by_pixels[np.asarray(image).tobytes()]
+        corner = np.zeros((1, *scene.masks.shape[1:]), dtype=bool)
+        corner[:, :3, :3] = True
+        scores = [*np.linspace(0.9, 0.6, len(scene.labels)), 0.2]
+        return Found(
+            torch.from_numpy(np.concatenate([scene.boxes, [[0, 0, 3, 3]]])).float(),
+            torch.tensor(scores),
+            torch.from_numpy(np.append(scene.labels, 0)),
+            torch.from_numpy(np.concatenate([scene.masks, corner])),
+        )
+
+    return Detector(find, tuple(map(str, range(10)))), scenes
+
+
+def test_objects_are_told_and_drawn_where_they_are(folder, tmp_path):
+    detector, scenes = _knowing_detector()
+    records = detect(detector, [folder], threshold=0.5, pictures=tmp_path / "out")
+    assert [record["picture"] for record in records] == [
+        str(tmp_path / "out" / name) for name in ("scene.png", "scene-2.png")
+    ]
+    by_image = {str(folder / "scene.png"): 0, str(folder / "more" / "scene.png"): 1}
+    for record in records:
+        scene = scenes.scene(by_image[record["image"]])
+        assert (record["height"], record["width"]) == (64, 96)
+        assert [each["class"] for each in record["objects"]] == [str(label) for label in scene.labels]
+        assert [each["box"] for each in record["objects"]] == scene.boxes.tolist()
+        assert [each["mask"]["counts"] for each in record["objects"]] == [run_lengths(mask) for mask in scene.masks]
+        with Image.open(record["picture"]) as file:
+            assert file.size == (7 * 96, 7 * 64)  # small images are enlarged
+            before = scene.image.repeat(7, 0).repeat(7, 1)
+            changed = (np.asarray(file) != before).any(-1)
+        assert changed[3::7, 3::7][scene.masks.any(0)].mean() > 0.9
+        for x0, y0, x1, y1 in 7 * scene.boxes:
+            assert changed[y0:y1, x0].all()
+            assert changed[y0, x0:x1].all()
+        near = np.zeros_like(changed)
+        for x0, y0, x1, y1 in 7 * scene.boxes:
+            near[max(y0 - 20, 0) : max(y1, 20), x0 : max(x1, x0 + 70)] = True  # with the text above the box
+        assert not changed[~near].any()
+
+
+def test_a_detector_of_torchvision_from_its_file(folder, tmp_path, capsys):
+    detector = detection.maskrcnn("test_vmamba", 4, min_size=64)
+    torch.save({"model": detector.state_dict()}, tmp_path / "detector.pth")
+    options = ["--detector", "maskrcnn", "--model", "test_vmamba", "--checkpoint", str(tmp_path / "detector.pth")]
+    file = str(folder / "scene.png")
+    results = tmp_path / "found.json"
+    arguments = [*options, "--class-names", "a", "b", "c", "--min-size", "64", "--threshold", "0"]
+    assert main(["detect", file, *arguments, "--results", str(results)]) == 0
+    (record,) = json.loads(results.read_text())
+    image = torch.from_numpy(np.asarray(Image.open(file)).copy()).permute(2, 0, 1) / 255
+    with torch.no_grad():
+        (expected,) = detector.eval()([image])
+    assert len(expected["scores"]) > 0
+    assert [each["class"] for each in record["objects"]] == ["abc"[label - 1] for label in expected["labels"]]
+    found = torch.tensor([each["box"] for each in record["objects"]])
+    torch.testing.assert_close(found, expected["boxes"])
+    assert f"{len(found)} objects" in capsys.readouterr().out
+
+    assert main(["detect", file, *options, "--class-names", "a"]) == 1
+    assert "does not fit MaskRCNN" in capsys.readouterr().err
+    assert main(["detect", file, *options]) == 2
+    assert "expected --recipe, for mmdetection, or --detector, --model, --class-names" in capsys.readouterr().err
+
+
+def test_classes_of_pixels_are_told_and_drawn(folder, tmp_path):
+    def classify(image):
+        indices = np.zeros((image.height, image.width), dtype=int)
+        indices[:16] = 1
+        return indices
+
+    segmentor = Segmentor(classify, ("ground", "sky"), np.array([[0, 0, 0], [0, 0, 255]], dtype=np.uint8))
+    (record,) = segment(segmentor, [folder / "scene.png"], pictures=tmp_path / "out")
+    assert record["shares"] == {"ground": 0.75, "sky": 0.25}
+    assert list(record["shares"]) == ["ground", "sky"]
+    with Image.open(tmp_path / "out" / "classes" / "scene.png") as file:
+        np.testing.assert_array_equal(np.asarray(file), classify(file))
+    with Image.open(tmp_path / "out" / "scene.png") as file, Image.open(folder / "scene.png") as original:
+        before = np.asarray(original, dtype=int)
+        colours = segmentor.colours[classify(original)]
+        assert np.abs(np.asarray(file, dtype=int) - (before + colours) / 2).max() <= 1
+
+
+def test_names_of_pictures_and_missing_files(tmp_path, capsys):
+    files = [tmp_path / "a" / "x.png", tmp_path / "b" / "x.jpg"]
+    assert [picture.name for _, picture in named_pictures(files, tmp_path)] == ["x.png", "x-2.png"]
+    with pytest.raises(ValueError, match="no images in this folder"):
+        image_files([tmp_path])
+    assert main(["segment", "x.png", "--recipe", str(tmp_path / "no.py"), "--checkpoint", "no.pth"]) == 1
+    assert capsys.readouterr().err == f"vssm segment: {tmp_path / 'no.py'}: no such file\n"
+
+
+def test_without_the_extra_a_line_says_what_to_install(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vssm.openmmlab", None)
+    for name in ("recipe.py", "weights.pth"):
+        (tmp_path / name).touch()
+    arguments = ["--recipe", str(tmp_path / "recipe.py"), "--checkpoint", str(tmp_path / "weights.pth")]
+    assert main(["segment", "x.png", *arguments]) == 1
+    line = capsys.readouterr().err
+    assert line.startswith("vssm segment: mmseg cannot be used")
+    assert line.endswith('pip install "vssm[mm]"\n')

@@ -1,0 +1,61 @@
+"""Find objects in images with a detector of torchvision or mmdetection."""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from vssm.cli import UsageError
+from vssm.cli._options import device, positive_int, results_path
+from vssm.cli._training import number
+from vssm.engine.detect import DETECTORS, Detector, detect, open_mmdet, open_torchvision
+from vssm.engine.records import write_results
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of this command."""
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files and folders of such")
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="weights of the whole detector")
+    parser.add_argument("--recipe", type=Path, metavar="FILE.py", help="its config, for a detector of mmdetection")
+    parser.add_argument("--detector", choices=sorted(DETECTORS), help="its kind, for a detector of torchvision")
+    parser.add_argument("--model", metavar="NAME", help="its backbone, for a detector of torchvision")
+    parser.add_argument("--class-names", nargs="+", metavar="NAME", help="its classes, for a detector of torchvision")
+    parser.add_argument(
+        "--min-size", type=positive_int, default=800, metavar="N", help="shorter side of images for torchvision"
+    )
+    parser.add_argument(
+        "--threshold", type=number(0, 1), default=0.5, metavar="P", help="least score of an object that is told"
+    )
+    parser.add_argument("--device", type=device, metavar="DEVICE", help="cpu, cuda, cuda:1 ...; a GPU if there is one")
+    parser.add_argument("--pictures", type=Path, metavar="DIR", help="draw boxes and masks into the images, for here")
+    parser.add_argument("--results", type=results_path, metavar="FILE", help="write the objects to this .json or .csv")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints what was found; writes pictures and results."""
+    detector = _open(args, args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    records = detect(detector, args.images, threshold=args.threshold, pictures=args.pictures)
+    for record in records:
+        print(f"{record['image']}: {len(record['objects'])} objects")
+        for each in record["objects"]:
+            box = ", ".join(f"{side:.0f}" for side in each["box"])
+            print(f"  {each['score']:8.2%}  {each['class']}  ({box})")
+    if args.results:
+        write_results(args.results, records)
+        print(f"{args.results}: {len(records)} images")
+    return 0
+
+
+def _open(args: argparse.Namespace, place: torch.device) -> Detector:
+    torchvision = {"--detector": args.detector, "--model": args.model, "--class-names": args.class_names}
+    given = [option for option, value in torchvision.items() if value is not None]
+    if args.recipe is not None and not given:
+        return open_mmdet(args.recipe, args.checkpoint, device=place)
+    if args.recipe is not None or len(given) < len(torchvision):
+        raise UsageError(
+            f"expected --recipe, for mmdetection, or {', '.join(torchvision)}, for torchvision; "
+            f"got {', '.join([*(['--recipe'] if args.recipe else []), *given]) or 'neither'}"
+        )
+    return open_torchvision(
+        args.detector, args.model, args.checkpoint, classes=args.class_names, device=place, min_size=args.min_size
+    )

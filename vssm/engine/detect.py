@@ -1,0 +1,252 @@
+"""Objects in images: boxes, classes and masks of a detector, as records and as pictures."""
+
+import importlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.utils import draw_segmentation_masks
+
+from vssm import checkpoint, detection
+from vssm.data.images import find_images, read_image
+from vssm.data.scenes import run_lengths
+from vssm.files import atomic_path
+
+DETECTORS = {"fasterrcnn": detection.fasterrcnn, "maskrcnn": detection.maskrcnn, "retinanet": detection.retinanet}
+_COLOURS = (
+    "#E6194B",
+    "#3CB44B",
+    "#4363D8",
+    "#F58231",
+    "#911EB4",
+    "#42D4F4",
+    "#F032E6",
+    "#9A6324",
+    "#808000",
+    "#469990",
+)
+_LEGIBLE = 640  # pixels; smaller images are drawn several times as large
+_FONT = 14  # pixels
+_INK = 0.5  # probability from which a pixel belongs to a mask of torchvision's Mask R-CNN
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a detector found in an image, best first.
+
+    Attributes:
+        boxes: (n, 4): x0, y0, x1, y1 in pixels.
+        scores: (n,), from 0 to 1.
+        labels: Class indices (n,).
+        masks: (n, h, w), bool; None if the detector makes none.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+    masks: Tensor | None = None
+
+    def above(self, threshold: float) -> "Found":
+        """The objects whose score is at least a threshold."""
+        kept = self.scores >= threshold
+        masks = None if self.masks is None else self.masks[kept]
+        return Found(self.boxes[kept], self.scores[kept], self.labels[kept], masks)
+
+
+@dataclass(frozen=True)
+class Detector:
+    """A detector of either kind.
+
+    Attributes:
+        find: Finds objects in an RGB image.
+        classes: Names of the classes, without the background.
+    """
+
+    find: Callable[[Image.Image], Found]
+    classes: Sequence[str]
+
+
+def open_torchvision(
+    kind: str,
+    model_name: str,
+    checkpoint_path: str | os.PathLike,
+    *,
+    classes: Sequence[str],
+    device: torch.device,
+    **kwargs: Any,
+) -> Detector:
+    """Opens a detector of `vssm.detection` with the weights of a whole detector.
+
+    Args:
+        kind: ``"fasterrcnn"``, ``"maskrcnn"`` or ``"retinanet"``.
+        model_name: Registered name of its backbone.
+        checkpoint_path: State dict of the detector.
+        classes: Names of its classes without the background, which has the index 0.
+        device: Where to compute.
+        **kwargs: Arguments of torchvision's class, such as ``min_size``.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If there is no such model, or weights do not fit.
+    """
+    model = DETECTORS[kind](model_name, len(classes) + 1, **kwargs)
+    weights = checkpoint.read_whole(checkpoint_path)
+    checkpoint.check(model, weights)
+    model.load_state_dict(weights)
+    model.to(device).eval()
+
+    @torch.inference_mode()
+    def find(image: Image.Image) -> Found:
+        (found,) = model([pil_to_tensor(image).to(device) / 255])
+        masks = found["masks"].squeeze(1) >= _INK if "masks" in found else None
+        return Found(found["boxes"], found["scores"], found["labels"] - 1, masks)
+
+    return Detector(find, tuple(classes))
+
+
+def open_mmdet(recipe: str | os.PathLike, checkpoint_path: str | os.PathLike, *, device: torch.device) -> Detector:
+    """Opens a detector of mmdetection.
+
+    Args:
+        recipe: Its config.
+        checkpoint_path: Weights of the whole detector; training checkpoints hold pickled objects, trust is needed.
+        device: Where to compute.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If mmdetection is not installed.
+    """
+    require_files(recipe, checkpoint_path)
+    apis = framework("mmdet")
+    model = apis.init_detector(str(recipe), str(checkpoint_path), device=str(device))
+
+    def find(image: Image.Image) -> Found:
+        found = apis.inference_detector(model, np.asarray(image)[..., ::-1]).pred_instances  # of blue, green and red
+        masks = torch.as_tensor(found.masks).bool() if "masks" in found else None
+        return Found(found.bboxes, found.scores, found.labels, masks)
+
+    return Detector(find, tuple(model.dataset_meta["classes"]))
+
+
+def detect(
+    detector: Detector,
+    paths: Sequence[str | os.PathLike],
+    *,
+    threshold: float = 0.5,
+    pictures: str | os.PathLike | None = None,
+) -> list[dict[str, Any]]:
+    """Finds objects in images.
+
+    Args:
+        detector: What to ask.
+        paths: Image files, and folders of such.
+        threshold: Least score of an object.
+        pictures: Folder for the images with boxes and masks drawn in; none are drawn when not given.
+
+    Returns:
+        Per image: ``image``, ``height``, ``width``, ``picture`` and ``objects``: their ``class``, ``score``, ``box``
+        (x0, y0, x1, y1) and ``mask`` (run lengths down the columns, as COCO has them), best first.
+
+    Raises:
+        FileNotFoundError: If there is no such file or folder.
+        ValueError: If a file is no readable image, or there are no images.
+    """
+    records = []
+    for path, picture in named_pictures(image_files(paths), pictures):
+        image = read_image(path)
+        found = detector.find(image).above(threshold)
+        if picture is not None:
+            _draw(picture, image, found, detector.classes)
+        objects = _objects(found, detector.classes)
+        place = None if picture is None else str(picture)
+        record = {"image": str(path), "height": image.height, "width": image.width, "picture": place}
+        records.append({**record, "objects": objects})
+    return records
+
+
+def framework(name: str) -> Any:
+    """The module ``apis`` of mmdet or mmseg, with our backbones and operators in place.
+
+    Raises:
+        ValueError: If it cannot be imported.
+    """
+    try:
+        importlib.import_module("vssm.openmmlab")  # before the framework, which needs its operators
+        return importlib.import_module(f"{name}.apis")
+    except ImportError as error:
+        raise ValueError(f'{name} cannot be used ({error}): pip install "vssm[mm]"') from error
+
+
+def image_files(paths: Sequence[str | os.PathLike]) -> list[Path]:
+    """Image files, and those in folders.
+
+    Raises:
+        FileNotFoundError: If there is no such file or folder.
+        ValueError: If a folder has no images.
+    """
+    files: list[Path] = []
+    for path in map(Path, paths):
+        found = find_images(path) if path.is_dir() else [path]
+        if not found:
+            raise ValueError(f"{path}: no images in this folder")
+        require_files(*found)
+        files += found
+    return files
+
+
+def require_files(*paths: str | os.PathLike) -> None:
+    """Raises FileNotFoundError for the first path that is no file."""
+    for path in paths:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{os.fspath(path)}: no such file")
+
+
+def named_pictures(
+    files: Sequence[Path], folder: str | os.PathLike | None
+) -> list[tuple[Path, Path] | tuple[Path, None]]:
+    """Each file, and a picture of its name in the folder, numbered where names repeat; None without a folder."""
+    if folder is None:
+        return [(file, None) for file in files]
+    seen: dict[str, int] = {}
+    pairs = []
+    for file in files:
+        seen[file.stem] = seen.get(file.stem, 0) + 1
+        suffix = f"-{seen[file.stem]}" if seen[file.stem] > 1 else ""
+        pairs.append((file, Path(folder, f"{file.stem}{suffix}.png")))
+    return pairs
+
+
+def _objects(found: Found, classes: Sequence[str]) -> list[dict[str, Any]]:
+    masks = [None] * len(found.labels) if found.masks is None else found.masks.cpu().numpy()
+    rows = zip(found.labels.tolist(), found.scores.tolist(), found.boxes.tolist(), masks, strict=True)
+    return [
+        {"class": classes[label], "score": score, "box": box}
+        | ({} if mask is None else {"mask": {"size": list(mask.shape), "counts": run_lengths(mask)}})
+        for label, score, box, mask in rows
+    ]
+
+
+def _draw(path: Path, image: Image.Image, found: Found, classes: Sequence[str]) -> None:
+    enlarged = max(1, round(_LEGIBLE / max(image.size)))
+    picture = image.resize((image.width * enlarged, image.height * enlarged), Image.Resampling.NEAREST)
+    colours = [_COLOURS[label % len(_COLOURS)] for label in found.labels.tolist()]
+    if found.masks is not None and colours:
+        masks = found.masks.cpu().repeat_interleave(enlarged, 1).repeat_interleave(enlarged, 2)
+        picture = to_pil_image(draw_segmentation_masks(pil_to_tensor(picture), masks, alpha=0.5, colors=list(colours)))
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(_FONT)
+    rows = zip(found.labels.tolist(), found.scores.tolist(), found.boxes.tolist(), colours, strict=True)
+    for label, score, (x0, y0, x1, y1), colour in rows:
+        corner = (x0 * enlarged, y0 * enlarged)
+        pen.rectangle((*corner, max(x1 * enlarged - 1, corner[0]), max(y1 * enlarged - 1, corner[1])), outline=colour)
+        text, place = f"{classes[label]} {score:.2f}", (corner[0] + 2, max(corner[1] - _FONT - 3, 0))
+        pen.rectangle(pen.textbbox(place, text, font=font), fill=colour, outline=colour)
+        pen.text(place, text, fill="white", font=font)
+    with atomic_path(path) as temporary:
+        picture.save(temporary)
