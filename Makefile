@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 IN_VENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 
-.PHONY: help demo test clean
+.PHONY: help demo test test-mm clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    create $(VENV), install vssm, train a small model on real digits and show what it sees"
 	@echo "make test    create $(VENV), install what checks need, run all checks (tools/ci.sh)"
+	@echo "make test-mm adds mmdetection and mmsegmentation to $(VENV) and runs the tests that need them"
 	@echo "make clean   remove $(VENV) and what builds leave behind"
 	@echo "PYTHON=python3.12 after any of them chooses the interpreter of a new $(VENV)"
 
@@ -17,6 +18,9 @@ demo: $(VENV)/installed-demo
 
 test: $(VENV)/installed-dev
 	@$(IN_VENV) tools/ci.sh
+
+test-mm: $(VENV)/installed-dev $(VENV)/installed-mm
+	@$(IN_VENV) python -m pytest -q -m "mm and not slow"
 
 # One stamp an extra: an install is repeated only when pyproject.toml asks for something else.
 $(VENV)/installed-%: pyproject.toml $(VENV)/bin/python

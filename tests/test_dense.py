@@ -128,6 +128,19 @@ def test_classifier_weights_load_whole_or_not_at_all(model):
         backbone.load({**state, "stem.surplus": state[lost]})
 
 
+def test_weights_of_another_image_size_and_with_a_class_token_load():
+    classifier = vssm.create_model("test_vim").eval()
+    backbone = DenseBackbone("test_vim", (0, 3), class_token=False, img_size=96).eval()
+    backbone.load(classifier.state_dict())
+    expected = vssm.create_model("test_vim", class_token=False, global_pool="avg", img_size=96).eval()
+    vssm.checkpoint.load(expected, classifier.state_dict())
+    image = torch.rand(1, 3, 96, 96)
+    with torch.no_grad():
+        theirs = expected.forward_intermediates(image, indices=(0, 3), intermediates_only=True)
+        for a, b in zip(backbone(image), theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
 def test_errors_say_what_to_do():
     with pytest.raises(ValueError, match=r"increasing numbers of blocks from 0 to 3 of test_vim, got \(3, 1\)"):
         DenseBackbone("test_vim", (3, 1))

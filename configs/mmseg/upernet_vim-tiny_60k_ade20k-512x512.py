@@ -1,4 +1,5 @@
-# Published by its authors: 41.0 mIoU on the validation part. 60,000 steps of 32 crops, on 4 GPUs.
+# Published by its authors: 41.0 mIoU on the validation part, from earlier weights than those that pretrained=True loads.
+# 60,000 steps of 32 crops, on 4 GPUs.
 _base_ = "_base_/upernet_160k_ade20k-512x512.py"
 model = dict(
     backbone=dict(
