@@ -11,6 +11,7 @@ import vssm
 from slow_reduction import SlowReducer
 from vssm.layers.squeeze_excite import TokenSqueezeExcite
 from vssm.pruning import ALIGNMENTS, METHODS, Reduction, TokenReducer, count_kept
+from vssm.pruning.prunable import check_block
 
 FAMILIES = {
     "vim": ("test_vim", {"img_size": 64}, (1, 3)),
@@ -456,6 +457,22 @@ def test_refusals_say_which_part_and_why(name, after, expected):
     with pytest.raises(ValueError, match=expected):
         TokenReducer(model, after=after, keep=0.5)
     assert count_hooks(model) == 0
+
+
+PRUNABLE = ("test_plainmamba", "test_vim", "test_vmamba")
+
+
+@pytest.mark.parametrize("name", vssm.list_models("test_*"))
+def test_every_block_is_taken_or_refused_with_a_reason(name):
+    model = vssm.create_model(name)
+    blocks = {path: each for path, each in model.named_modules() if path.rpartition(".")[0].endswith("blocks")}
+    assert blocks
+    for path, block in blocks.items():
+        if name in PRUNABLE:
+            check_block(block, path, conv="grid")
+            continue
+        with pytest.raises(ValueError, match=rf"TokenReducer: {path}[\w.]* cannot run on fewer tokens: [\w ]{{20}}"):
+            check_block(block, path, conv="grid")
 
 
 def test_refusals_of_parts():
