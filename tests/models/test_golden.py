@@ -85,7 +85,8 @@ def test_classifier_of_stages_computes_the_official_outputs(name, device):
 
     with torch.no_grad():
         features, maps = model.forward_intermediates(images)
-        record.check("stem", model.stem(images).permute(0, 3, 1, 2))
+        if "stem_mean" in record.arrays:
+            record.check("stem", model.stem(images).permute(0, 3, 1, 2))
         record.check("logits", model.forward_head(features))
     for stage, each in enumerate(maps):
         record.check(f"stage{stage}", each)
