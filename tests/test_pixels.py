@@ -77,7 +77,7 @@ def test_images_are_erased_in_worker_processes(tmp_path):
 
 def test_a_batch_of_no_images_has_their_shape():
     values, erased = collate_pixels([], shape=(3, 24, 40))
-    assert (values.shape, erased) == ((0, 3, 24, 40), [])
+    assert (values.shape, erased) == ((0, 24, 40, 3), [])
     assert Normalise(CONFIG.mean, CONFIG.std, device=torch.device("cpu"))(values, erased).shape == (0, 3, 24, 40)
 
 

@@ -154,7 +154,8 @@ def decode_image(file: str | os.PathLike | IO[bytes], *, name: str, channels: in
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(file) as image:
-                return image.convert(_MODES[channels])
+                image.load()
+                return image if image.mode == _MODES[channels] else image.convert(_MODES[channels])
     except FileNotFoundError:
         raise FileNotFoundError(f"{name}: no such image file") from None
     except _DAMAGED as error:

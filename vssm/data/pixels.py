@@ -20,7 +20,7 @@ class Pixels(NamedTuple):
     """One image.
 
     Args:
-        values: From 0 to 255, uint8 (c, h, w).
+        values: From 0 to 255, uint8 (h, w, c), as images lie in memory.
         erased: Rectangles to be erased after normalisation, with what takes their place.
     """
 
@@ -42,11 +42,12 @@ class PixelTransform:
 
     def __call__(self, image: Image.Image) -> Pixels:
         """Changes and reads an image."""
-        values = torch.as_tensor(self.transform(image))
-        if self.erasing is None:
-            return Pixels(values, [])
-        recorder: Any = _Recorder(values.shape)
-        return Pixels(values, self.erasing(recorder).erased)
+        values = torch.as_tensor(self.transform(image))  # (c, h, w)
+        erased = []
+        if self.erasing is not None:
+            recorder: Any = _Recorder(values.shape)
+            erased = self.erasing(recorder).erased
+        return Pixels(values.permute(1, 2, 0), erased)
 
 
 class _Recorder:
@@ -73,10 +74,11 @@ def collate_pixels(images: Sequence[Pixels], *, shape: tuple[int, int, int]) -> 
         shape: Channels, height and width, of a batch of none.
 
     Returns:
-        Values (b, c, h, w), and the rectangles of all images, each with its place in the batch.
+        Values (b, h, w, c), and the rectangles of all images, each with its place in the batch.
     """
     if not images:
-        return torch.empty(0, *shape, dtype=torch.uint8), []
+        channels, height, width = shape
+        return torch.empty(0, height, width, channels, dtype=torch.uint8), []
     erased = [(index, place, noise) for index, image in enumerate(images) for place, noise in image.erased]
     return default_collate([image.values for image in images]), erased
 
@@ -99,8 +101,9 @@ class Normalise:
         )
 
     def __call__(self, values: Tensor, erased: Sequence[Erased]) -> Tensor:
-        """Takes and returns images (b, c, h, w)."""
-        images = values.to(self.device, non_blocking=True).to(torch.float32)
+        """Takes images (b, h, w, c) and returns them as (b, c, h, w)."""
+        bytes_there = values.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+        images = bytes_there.to(torch.float32, memory_format=torch.contiguous_format)
         images.div_(255).sub_(self.mean).div_(self.std)
         for index, place, noise in erased:
             images[index][place] = noise.to(self.device, non_blocking=True)
