@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from timm.data import create_transform
+from timm.data import ImageDataset, create_loader, create_transform
 from timm.data.auto_augment import AugmentOp
 
 from image_folders import make_folder
@@ -30,13 +30,17 @@ def seed() -> None:
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_evaluation_sees_the_numbers_of_the_transform(tmp_path, workers, channels):
+def test_evaluation_sees_the_numbers_of_timms_loader(tmp_path, workers, channels):
     images = open_dataset(make_folder(tmp_path), "val")
     config = InputConfig(channels, 24, 40, (0.45,) * channels, (0.225,) * channels)
     transform = config.transform()
     expected = torch.stack([transform(images.load(index, channels=channels)) for index in range(len(images))])
-    batches = eval_loader(images, config, batch_size=3, workers=workers)
-    assert torch.equal(torch.cat([batch.images for batch in batches]), expected)
+    found = torch.cat([batch.images for batch in eval_loader(images, config, batch_size=3, workers=workers)])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    if channels == 3:
+        options = {"interpolation": config.interpolation, "mean": config.mean, "std": config.std, "num_workers": 0}
+        theirs = create_loader(ImageDataset(images.source), (3, 24, 40), 3, device=torch.device("cpu"), **options)
+        assert torch.equal(found, torch.cat([each for each, _ in theirs]))
 
 
 @pytest.mark.parametrize("policy", ["", "rand-m9-mstd0.5-inc1", "original"])
@@ -59,10 +63,10 @@ def test_training_sees_the_numbers_of_timms_transform_with_the_same_random_numbe
     seed()
     expected = torch.stack([theirs(photo) for _ in range(8)])
     seed()
-    values, erased = collate_pixels([ours(photo) for _ in range(8)], shape=(3, 24, 40))
-    assert values.dtype == torch.uint8
-    assert 4 <= len(erased) <= 8
-    assert torch.equal(normalise(values, erased), expected)
+    batch = collate_pixels([ours(photo) for _ in range(8)], shape=(3, 24, 40))
+    assert batch.values.dtype == torch.uint8
+    assert 4 <= len(batch.spots) <= 8
+    torch.testing.assert_close(normalise(batch), expected, rtol=0, atol=1e-6)
 
 
 def test_images_are_erased_in_worker_processes(tmp_path):
@@ -76,9 +80,9 @@ def test_images_are_erased_in_worker_processes(tmp_path):
 
 
 def test_a_batch_of_no_images_has_their_shape():
-    values, erased = collate_pixels([], shape=(3, 24, 40))
-    assert (values.shape, erased) == ((0, 24, 40, 3), [])
-    assert Normalise(CONFIG.mean, CONFIG.std, device=torch.device("cpu"))(values, erased).shape == (0, 3, 24, 40)
+    batch = collate_pixels([], shape=(3, 24, 40))
+    assert batch.values.shape == (0, 3, 24, 40)
+    assert Normalise(CONFIG.mean, CONFIG.std, device=torch.device("cpu"))(batch).shape == (0, 3, 24, 40)
 
 
 @pytest.mark.parametrize("policy", ["rand-m10-inc1", "original", "augmix-m10"])

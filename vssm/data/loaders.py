@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vssm.data.images import LabelledImages, UnreadableImage
-from vssm.data.pixels import Erased, Normalise, Pixels, PixelTransform, collate_pixels
+from vssm.data.pixels import Normalise, PixelBatch, Pixels, PixelTransform, collate_pixels
 from vssm.data.policies import allow_no_bits
 from vssm.data.randomness import Purpose, seed_for, seeded
 from vssm.data.sampling import ALONE, Draw, EvaluationBatches, Share, TrainingBatches
@@ -279,8 +279,7 @@ class ReadingCheck:
 class _RawBatch(NamedTuple):
     """A batch before its normalisation."""
 
-    values: Tensor
-    erased: list[Erased]
+    pixels: PixelBatch
     targets: Tensor
     indices: Tensor
     unreadable: list[str]
@@ -307,16 +306,16 @@ class _Loader(DataLoader):
         return map(self._finish, super().__iter__())
 
     def _finish(self, raw: _RawBatch) -> Batch:
-        return Batch(self._normalise(raw.values, raw.erased), raw.targets, raw.indices, raw.unreadable)
+        return Batch(self._normalise(raw.pixels), raw.targets, raw.indices, raw.unreadable)
 
 
 def _collate(items: Sequence[_Item], *, shape: tuple[int, int, int]) -> _RawBatch:
     readable = [item for item in items if not isinstance(item, str)]
     unreadable = [item for item in items if isinstance(item, str)]
-    values, erased = collate_pixels([pixels for pixels, _, _ in readable], shape=shape)
+    pixels = collate_pixels([pixels for pixels, _, _ in readable], shape=shape)
     targets = torch.tensor([target for _, target, _ in readable], dtype=torch.long)
     indices = torch.tensor([index for _, _, index in readable], dtype=torch.long)
-    return _RawBatch(values, erased, targets, indices, unreadable)
+    return _RawBatch(pixels, targets, indices, unreadable)
 
 
 def _leave_signals_to_the_run(worker: int) -> None:

@@ -13,14 +13,14 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 Place = tuple[slice, slice, slice]
-Erased = tuple[int, Place, Tensor]  # image of a batch, rectangle, and what takes its place
+Spot = tuple[int, Place]  # image of a batch, and a rectangle in it
 
 
 class Pixels(NamedTuple):
     """One image.
 
     Args:
-        values: From 0 to 255, uint8 (h, w, c), as images lie in memory.
+        values: From 0 to 255, uint8 (c, h, w).
         erased: Rectangles to be erased after normalisation, with what takes their place.
     """
 
@@ -42,12 +42,12 @@ class PixelTransform:
 
     def __call__(self, image: Image.Image) -> Pixels:
         """Changes and reads an image."""
-        values = torch.as_tensor(self.transform(image))  # (c, h, w)
+        values = torch.as_tensor(self.transform(image))
         erased = []
         if self.erasing is not None:
             recorder: Any = _Recorder(values.shape)
             erased = self.erasing(recorder).erased
-        return Pixels(values.permute(1, 2, 0), erased)
+        return Pixels(values, erased)
 
 
 class _Recorder:
@@ -66,27 +66,40 @@ class _Recorder:
         self.erased.append((place, values))
 
 
-def collate_pixels(images: Sequence[Pixels], *, shape: tuple[int, int, int]) -> tuple[Tensor, list[Erased]]:
+class PixelBatch(NamedTuple):
+    """Images of a batch.
+
+    Args:
+        values: From 0 to 255, uint8 (b, c, h, w).
+        spots: Rectangles to be erased.
+        noise: What takes their place, one after the other: a tensor for each would take a file to send.
+    """
+
+    values: Tensor
+    spots: list[Spot]
+    noise: Tensor
+
+
+def collate_pixels(images: Sequence[Pixels], *, shape: tuple[int, int, int]) -> PixelBatch:
     """Puts images into one tensor, in shared memory where a worker process does it.
 
     Args:
         images: Any number of images.
         shape: Channels, height and width, of a batch of none.
 
-    Returns:
-        Values (b, h, w, c), and the rectangles of all images, each with its place in the batch.
     """
     if not images:
-        channels, height, width = shape
-        return torch.empty(0, height, width, channels, dtype=torch.uint8), []
-    erased = [(index, place, noise) for index, image in enumerate(images) for place, noise in image.erased]
-    return default_collate([image.values for image in images]), erased
+        return PixelBatch(torch.empty(0, *shape, dtype=torch.uint8), [], torch.empty(0))
+    spots = [(index, place) for index, image in enumerate(images) for place, _ in image.erased]
+    noise = [noise.flatten() for image in images for _, noise in image.erased]
+    values = default_collate([image.values for image in images])
+    return PixelBatch(values, spots, torch.cat(noise) if noise else torch.empty(0))
 
 
 class Normalise:
-    """Values from 0 to 255 to those that a model takes: ((values / 255) − mean) / std, float32.
+    """Values from 0 to 255 to those that a model takes: (values − 255·mean) / (255·std), float32.
 
-    The operations and their order are those of torchvision's transforms, so that the numbers are the same, too.
+    The operations and their order are those of timm's loaders, so that the numbers are the same, too.
 
     Args:
         mean: Per channel, of values from 0 to 1.
@@ -97,14 +110,16 @@ class Normalise:
     def __init__(self, mean: Sequence[float], std: Sequence[float], *, device: torch.device) -> None:
         self.device = device
         self.mean, self.std = (
-            torch.tensor(each, dtype=torch.float32, device=device).view(-1, 1, 1) for each in (mean, std)
+            torch.tensor([255 * value for value in each], device=device).view(-1, 1, 1) for each in (mean, std)
         )
 
-    def __call__(self, values: Tensor, erased: Sequence[Erased]) -> Tensor:
-        """Takes images (b, h, w, c) and returns them as (b, c, h, w)."""
-        bytes_there = values.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
-        images = bytes_there.to(torch.float32, memory_format=torch.contiguous_format)
-        images.div_(255).sub_(self.mean).div_(self.std)
-        for index, place, noise in erased:
-            images[index][place] = noise.to(self.device, non_blocking=True)
+    def __call__(self, batch: PixelBatch) -> Tensor:
+        """Returns images (b, c, h, w)."""
+        images = batch.values.to(self.device, non_blocking=True).to(torch.float32)
+        images.sub_(self.mean).div_(self.std)
+        noise, start = batch.noise.to(self.device, non_blocking=True), 0
+        for index, place in batch.spots:
+            spot = images[index][place]
+            spot.copy_(noise[start : start + spot.numel()].view_as(spot))
+            start += spot.numel()
         return images

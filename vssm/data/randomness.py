@@ -4,6 +4,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum
+from hashlib import blake2b
 
 import numpy as np
 import torch
@@ -26,7 +27,9 @@ def seed_for(purpose: Purpose, *key: int) -> int:
         purpose: What it is for.
         key: Integers of at least 0, such as the run's seed and the epoch.
     """
-    return int(np.random.SeedSequence((purpose, *key)).generate_state(1)[0])
+    spelled = ",".join(map(str, (int(purpose), *key)))
+    # numpy's SeedSequence takes some 60 µs between other work, which every training image would pay.
+    return int.from_bytes(blake2b(spelled.encode(), digest_size=4).digest(), "little")
 
 
 @contextmanager
