@@ -49,15 +49,16 @@ class InputConfig:
 
     def transform(self) -> Any:
         """The transform of evaluation: an image to a tensor (channels, height, width)."""
-        options = asdict(self)
-        size = (options.pop("channels"), options.pop("height"), options.pop("width"))
-        return create_transform(size, is_training=False, **options)
+        return self._timm_transform()
 
     def pixel_transform(self) -> PixelTransform:
         """The same without the normalisation, which loaders leave to the device."""
+        return PixelTransform(self._timm_transform(use_prefetcher=True))
+
+    def _timm_transform(self, **more: Any) -> Any:
         options = asdict(self)
         size = (options.pop("channels"), options.pop("height"), options.pop("width"))
-        return PixelTransform(create_transform(size, is_training=False, use_prefetcher=True, **options))
+        return create_transform(size, is_training=False, **options, **more)
 
 
 @dataclass(frozen=True)
@@ -93,17 +94,23 @@ class Augmentation:
         except AssertionError as error:  # with which timm refuses policies
             raise ValueError(f"--aa {self.aa}: {error}; expected a policy such as rand-m9-mstd0.5-inc1") from error
 
+    def timm_options(self) -> dict[str, Any]:
+        """What timm's transform is to be made with, but for the erasing."""
+        return {
+            "is_training": True,
+            "scale": self.scale,
+            "hflip": self.hflip,
+            "color_jitter": self.color_jitter,
+            "auto_augment": self.aa or None,
+            "interpolation": self.interpolation,
+        }
+
     def _transform(self, config: InputConfig) -> PixelTransform:
         transform = create_transform(
             (config.channels, config.height, config.width),
-            is_training=True,
-            scale=self.scale,
-            hflip=self.hflip,
-            color_jitter=self.color_jitter,
-            auto_augment=self.aa or None,
-            interpolation=self.interpolation,
             mean=config.mean,
             use_prefetcher=True,  # which is to say: without normalisation and erasing
+            **self.timm_options(),
         )
         allow_no_bits(transform)
         return PixelTransform(transform, reprob=self.reprob)
@@ -171,7 +178,6 @@ def train_loader(
     seed: int,
     share: Share = ALONE,
     workers: int = 0,
-    pin_memory: bool = False,
     device: torch.device = _CPU,
 ) -> DataLoader:
     """Batches in a random order; ``loader.batch_sampler.begin(epoch, step)`` says of which epoch, and from which on.
@@ -187,7 +193,6 @@ def train_loader(
         seed: Of the order and of the random changes.
         share: Part of every batch that this process takes.
         workers: Processes that read images; 0 to read in this one.
-        pin_memory: Put batches where a GPU can fetch them.
         device: Where batches are normalised, and then are.
 
     Returns:
@@ -209,7 +214,6 @@ def train_loader(
         device=device,
         batch_sampler=batches,
         num_workers=workers,
-        pin_memory=pin_memory,
     )
 
 
@@ -220,7 +224,6 @@ def eval_loader(
     batch_size: int,
     share: Share = ALONE,
     workers: int = 0,
-    pin_memory: bool = False,
     device: torch.device = _CPU,
 ) -> DataLoader:
     """Batches of all images in their order, without random changes.
@@ -234,7 +237,6 @@ def eval_loader(
         device=device,
         batch_sampler=EvaluationBatches(len(images), batch_size=batch_size, share=share),
         num_workers=workers,
-        pin_memory=pin_memory,
     )
 
 
@@ -298,7 +300,11 @@ class _Loader(DataLoader):
     def __init__(self, dataset: Dataset, *, config: InputConfig, device: torch.device, **options: Any) -> None:
         shape = (config.channels, config.height, config.width)
         super().__init__(
-            dataset, collate_fn=partial(_collate, shape=shape), worker_init_fn=_leave_signals_to_the_run, **options
+            dataset,
+            collate_fn=partial(_collate, shape=shape),
+            worker_init_fn=_leave_signals_to_the_run,
+            pin_memory=device.type == "cuda",
+            **options,
         )
         self._normalise = Normalise(config.mean, config.std, device=device)
 

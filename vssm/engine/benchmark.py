@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vssm.engine.memory import halving, release
 from vssm.engine.records import environment
-from vssm.engine.timing import measure_memory, measure_time
+from vssm.engine.timing import measure_memory, measure_time, throughput
 from vssm.engine.zoo import count_parameters, create_by_name, input_size, package_of
 from vssm_kernels.backend import backend_name
 
@@ -153,13 +153,8 @@ def _measure_training(model: Callable[[Tensor], Tensor], shape: tuple[int, ...],
 def _rates(call: Callable[[], object], batch_size: int, held: int, setting: Setting) -> dict:
     """Throughput and peak memory of a step; ``held`` bytes stay allocated between steps."""
     times = measure_time(call, setting.device, warmup=setting.warmup, repeats=setting.repeats)
-    return {
-        "batch_size": batch_size,
-        "images_per_s": 1e3 * batch_size / times["median"],
-        "images_per_s_p10": 1e3 * batch_size / times["p90"],
-        "images_per_s_p90": 1e3 * batch_size / times["p10"],
-        "peak_memory_mib": held / 2**20 + measure_memory(call, setting.device),
-    }
+    peak = held / 2**20 + measure_memory(call, setting.device)
+    return {**throughput(times, batch_size), "peak_memory_mib": peak}
 
 
 def _module(model: Callable[[Tensor], Tensor]) -> nn.Module:

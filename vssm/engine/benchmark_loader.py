@@ -164,12 +164,7 @@ def _cpu_seconds() -> float:
 
 def _ours(images: LabelledImages, augmentation: Augmentation | None, setting: LoaderSetting) -> DataLoader:
     config = InputConfig(height=setting.img_size[0], width=setting.img_size[1])
-    loading: Any = {
-        "batch_size": setting.batch_size,
-        "workers": setting.workers,
-        "pin_memory": setting.device.type == "cuda",
-        "device": setting.device,
-    }
+    loading: Any = {"batch_size": setting.batch_size, "workers": setting.workers, "device": setting.device}
     if augmentation is None:
         return eval_loader(images, config, **loading)
     return train_loader(images, config, augmentation, seed=0, **loading)
@@ -179,16 +174,7 @@ def _theirs(folder: str, augmentation: Augmentation | None, setting: LoaderSetti
     config = InputConfig()
     changes: dict[str, Any] = {"interpolation": config.interpolation}
     if augmentation is not None:
-        changes = {
-            "is_training": True,
-            "scale": augmentation.scale,
-            "hflip": augmentation.hflip,
-            "color_jitter": augmentation.color_jitter,
-            "auto_augment": augmentation.aa or None,
-            "re_prob": augmentation.reprob,
-            "re_mode": "pixel",
-            "interpolation": augmentation.interpolation,
-        }
+        changes = {**augmentation.timm_options(), "re_prob": augmentation.reprob, "re_mode": "pixel"}
     dataset = ImageDataset(folder)
     loader = create_loader(
         dataset,

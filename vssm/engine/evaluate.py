@@ -117,14 +117,7 @@ def validate(
     model = classifier.model.to(device)
 
     def work(size: int) -> dict[str, Any]:
-        loader = eval_loader(
-            images,
-            classifier.config,
-            batch_size=size,
-            workers=workers,
-            pin_memory=device.type == "cuda",
-            device=device,
-        )
+        loader = eval_loader(images, classifier.config, batch_size=size, workers=workers, device=device)
         real, classes = None if right is None else RealLabels(right), PerClass(names) if per_class else None
         tallies = [tally for tally in (real, classes) if tally is not None]
         metrics = evaluate(model, loader, source=images.source, device=device, amp_dtype=amp_dtype, tallies=tallies)

@@ -76,14 +76,7 @@ def predict(
     model = classifier.model.to(device).eval()
 
     def work(size: int) -> list[dict[str, Any]]:
-        loader = eval_loader(
-            images,
-            classifier.config,
-            batch_size=size,
-            workers=workers,
-            pin_memory=device.type == "cuda",
-            device=device,
-        )
+        loader = eval_loader(images, classifier.config, batch_size=size, workers=workers, device=device)
         check = ReadingCheck(images.source, len(images))
         records = []
         for batch in tqdm(loader, desc="predicting", leave=False, disable=not sys.stderr.isatty()):

@@ -14,7 +14,7 @@ from vssm.engine.evaluate import autocast, validate
 from vssm.engine.info import count_operations, count_reduced
 from vssm.engine.memory import halving
 from vssm.engine.plot import line_plot
-from vssm.engine.timing import measure_time
+from vssm.engine.timing import measure_time, throughput
 from vssm.pruning import Schedule
 
 _DENSE = "all tokens"
@@ -162,11 +162,6 @@ def _throughput(classifier: Classifier, setting: PruneSetting) -> dict[str, Any]
                 classifier.model(images)
 
         times = measure_time(call, setting.device, warmup=setting.warmup, repeats=setting.repeats)
-        return {
-            "batch_size": batch_size,
-            "images_per_s": 1e3 * batch_size / times["median"],
-            "images_per_s_p10": 1e3 * batch_size / times["p90"],
-            "images_per_s_p90": 1e3 * batch_size / times["p10"],
-        }
+        return throughput(times, batch_size)
 
     return halving(measure, setting.batch_size)

@@ -41,6 +41,20 @@ def measure_time(
     return {"median": deciles[4], "p10": deciles[0], "p90": deciles[8]}
 
 
+def throughput(times: dict[str, float], batch_size: int) -> dict[str, float | int]:
+    """Images a second of a step from its times, which `measure_time` has returned, as records have them.
+
+    Returns:
+        ``batch_size``, ``images_per_s`` at the median time, and ``images_per_s_p10`` and ``images_per_s_p90``.
+    """
+    return {
+        "batch_size": batch_size,
+        "images_per_s": 1e3 * batch_size / times["median"],
+        "images_per_s_p10": 1e3 * batch_size / times["p90"],
+        "images_per_s_p90": 1e3 * batch_size / times["p10"],
+    }
+
+
 def captured(call: Callable[[], object]) -> torch.cuda.CUDAGraph | None:
     """Captures the kernels that a call launches, on the current stream, which must not be the default one.
 

@@ -144,12 +144,7 @@ def prepare(recipe: Recipe, setting: Setting, *, fresh: bool) -> Run:
             f"process gets, got {recipe.accum}"
         )
     device = setting.device
-    loading: Any = {
-        "share": share,
-        "workers": setting.workers,
-        "pin_memory": device.type == "cuda",
-        "device": device,
-    }
+    loading: Any = {"share": share, "workers": setting.workers, "device": device}
     size, config = recipe.batch_size, classifier.config
     return Run(
         recipe=recipe,
