@@ -20,8 +20,6 @@ class Block(nn.Module):
 
 
 class Stem(nn.Module):
-    stride = 2
-
     def __init__(self, in_chans: int, dim: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(in_chans, dim, 3, stride=2, padding=1)
@@ -45,6 +43,7 @@ class TinyGrid(GridBackbone):
             stem=Stem(in_chans, 8),
             stages=[Stage([Block(8), Block(8)]), Stage([Block(16)], downsample=Downsample(8, 16))],
             dims=(8, 16),
+            strides=(2, 4),
             norm=nn.LayerNorm(16),
             in_chans=in_chans,
             num_classes=num_classes,

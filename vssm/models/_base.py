@@ -122,9 +122,10 @@ class GridBackbone(_Backbone):
     """Backbone of several stages with maps (b, h, w, c) between them; it takes images of any size.
 
     Args:
-        stem: Maps images (b, in_chans, H, W) to (b, h, w, c); its ``stride`` is the pixels per map cell.
-        stages: One `Stage` per resolution, each half that of the one before.
+        stem: Maps images (b, in_chans, H, W) to (b, h, w, c).
+        stages: One `Stage` per resolution.
         dims: Channels after each stage.
+        strides: Pixels per map cell after each stage.
         norm: Norm of the last map, before pooling.
         head_layer: Makes what pools and classifies, a `ClassifierHead` with the number of pooled channels as its
             ``in_features``, from the channels of the last map and the arguments of that class.
@@ -142,6 +143,7 @@ class GridBackbone(_Backbone):
         stem: nn.Module,
         stages: Sequence[Stage],
         dims: Sequence[int],
+        strides: Sequence[int],
         norm: nn.Module,
         head_layer: Callable[..., ClassifierHead] = ClassifierHead,
         num_classes: int = 1000,
@@ -157,8 +159,8 @@ class GridBackbone(_Backbone):
         self.num_features = dims[-1]
         self.head_hidden_size = self.head.in_features * self.head.global_pool.feat_mult()
         self.feature_info = [
-            {"num_chs": dim, "reduction": cast(int, stem.stride) * 2**i, "module": f"stages.{i}"}
-            for i, dim in enumerate(dims)
+            {"num_chs": dim, "reduction": stride, "module": f"stages.{i}"}
+            for i, (dim, stride) in enumerate(zip(dims, strides, strict=True))
         ]
 
     def forward_features(self, x: Tensor) -> Tensor:

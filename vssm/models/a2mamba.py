@@ -30,6 +30,8 @@ from vssm.models._builder import build_backbone, imagenet_cfg
 from vssm.scan_order import cached
 from vssm_kernels import directional_scan
 
+_STRIDES = (4, 8, 16, 32)
+
 
 @cached
 def rotary_table(height: int, width: int, dim: int, *, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -343,8 +345,6 @@ class A2Stem(nn.Module):
         embed_dim: Channels of the tokens; half as many in the first two.
     """
 
-    stride = 4
-
     def __init__(self, in_chans: int, embed_dim: int) -> None:
         super().__init__()
         layer = partial(ConvNormAct, kernel_size=3, act_layer=nn.GELU)
@@ -446,9 +446,9 @@ class A2Mamba(GridBackbone):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ) -> None:
+        strides = _STRIDES[: len(depths)]
         height, width = (int(side) for side in to_2tuple(img_size))
-        last_stride = A2Stem.stride * 2 ** (len(depths) - 1)
-        grid_size = math.ceil(height / last_stride), math.ceil(width / last_stride)
+        grid_size = math.ceil(height / strides[-1]), math.ceil(width / strides[-1])
 
         def make_block(stage: int, drop_path: float) -> A2MambaBlock:
             dim, last = dims[stage], stage == len(depths) - 1
@@ -468,6 +468,7 @@ class A2Mamba(GridBackbone):
                 make_block, dims=dims, depths=depths, downsample_layer=A2Downsample, drop_path_rate=drop_path_rate
             ),
             dims=dims,
+            strides=strides,
             norm=nn.Identity(),
             head_layer=partial(A2Head, hidden_dim=head_dim),
             num_classes=num_classes,

@@ -152,12 +152,14 @@ class EfficientVMamba(GridBackbone):
             mixer = AtrousSS2D(dims[stage], d_state=d_state, expand=expand)
             return EVSSBlock(dims[stage], mixer, drop_path=drop_path)
 
+        stem = PatchStem(in_chans, embed_dim, patch_size=4, norm_layer=nn.LayerNorm)
         super().__init__(
-            stem=PatchStem(in_chans, embed_dim, patch_size=4, norm_layer=nn.LayerNorm),
+            stem=stem,
             stages=make_stages(
                 make_block, dims=dims, depths=depths, downsample_layer=PatchMerging, drop_path_rate=drop_path_rate
             ),
             dims=dims,
+            strides=[stem.stride * 2**i for i in range(len(depths))],
             norm=nn.LayerNorm(dims[-1]),
             num_classes=num_classes,
             in_chans=in_chans,

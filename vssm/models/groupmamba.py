@@ -252,6 +252,7 @@ class GroupMamba(GridBackbone):
             stem=stem,
             stages=stages,
             dims=dims,
+            strides=[stem.stride * 2**i for i in range(len(depths))],
             norm=_norm(dims[-1]),
             num_classes=num_classes,
             in_chans=in_chans,

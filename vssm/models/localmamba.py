@@ -291,6 +291,7 @@ class LocalVMamba(GridBackbone):
                 make_block, dims=dims, depths=depths, downsample_layer=PatchMerging, drop_path_rate=drop_path_rate
             ),
             dims=dims,
+            strides=[4 * 2**i for i in range(len(depths))],
             norm=nn.LayerNorm(dims[-1]),
             num_classes=num_classes,
             in_chans=in_chans,

@@ -236,6 +236,7 @@ class MambaVision(GridBackbone):
             stem=MambaVisionStem(in_chans, embed_dim, dim=stem_dim),
             stages=[make_stage(i) for i in range(len(depths))],
             dims=dims,
+            strides=[MambaVisionStem.stride * 2**i for i in range(len(depths))],
             norm=MapBatchNorm(dims[-1]),
             num_classes=num_classes,
             in_chans=in_chans,

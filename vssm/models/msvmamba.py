@@ -175,12 +175,14 @@ class MSVMamba(GridBackbone):
             mlp = ResidualConvFFN(dim, int(mlp_ratio * dim))
             return block_layer(mixer, nn.LayerNorm(dim), mlp=mlp, norm2=nn.LayerNorm(dim), drop_path=drop_path)
 
+        stem = stem_layer(in_chans, embed_dim)
         super().__init__(
-            stem=stem_layer(in_chans, embed_dim),
+            stem=stem,
             stages=make_stages(
                 make_block, dims=dims, depths=depths, downsample_layer=downsample_layer, drop_path_rate=drop_path_rate
             ),
             dims=dims,
+            strides=[stem.stride * 2**i for i in range(len(depths))],
             norm=nn.LayerNorm(dims[-1]),
             num_classes=num_classes,
             in_chans=in_chans,

@@ -226,8 +226,9 @@ class ViM2(GridBackbone):
                 mixer = ChannelMixer(dim, d_inner=int(channel_expand[stage] * dim), d_state=d_state)
             return AveragingBlock(dim, mixer, earlier=place, drop_path=rates[stage][place])
 
+        stem = PatchStem(in_chans, embed_dim, patch_size=4, norm_layer=nn.LayerNorm)
         super().__init__(
-            stem=PatchStem(in_chans, embed_dim, patch_size=4, norm_layer=nn.LayerNorm),
+            stem=stem,
             stages=[
                 AveragingStage(
                     [make_block(i, place) for place in range(3 * depth)],
@@ -236,6 +237,7 @@ class ViM2(GridBackbone):
                 for i, depth in enumerate(depths)
             ],
             dims=dims,
+            strides=[stem.stride * 2**i for i in range(len(depths))],
             norm=nn.LayerNorm(dims[-1]),
             num_classes=num_classes,
             in_chans=in_chans,

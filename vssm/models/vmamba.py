@@ -68,8 +68,9 @@ class VMamba(GridBackbone):
     ) -> None:
         dims = [embed_dim * 2**i for i in range(len(depths))]
         mixer_layer = partial(SS2D, d_state=d_state, expand=expand, gate=gate, conv_bias=conv_bias)
+        stem = stem_layer(in_chans, embed_dim)
         super().__init__(
-            stem=stem_layer(in_chans, embed_dim),
+            stem=stem,
             stages=make_stages(
                 lambda stage, rate: _block(dims[stage], mixer_layer, mlp_ratio=mlp_ratio, drop_path=rate),
                 dims=dims,
@@ -78,6 +79,7 @@ class VMamba(GridBackbone):
                 drop_path_rate=drop_path_rate,
             ),
             dims=dims,
+            strides=[stem.stride * 2**i for i in range(len(depths))],
             norm=nn.LayerNorm(dims[-1]),
             num_classes=num_classes,
             in_chans=in_chans,
