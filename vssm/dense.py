@@ -187,7 +187,7 @@ class DenseBackbone(nn.Module):
         Raises:
             ValueError: If there is a key that neither has.
         """
-        if any(key.startswith("model.") for key in state_dict):
+        if self.has_keys_of(state_dict):
             return dict(state_dict)
         additions = {name: key for key in state_dict if (name := self._own_addition(key)) is not None}
         weights = {key: value for key, value in state_dict.items() if key not in additions.values()}
@@ -203,6 +203,10 @@ class DenseBackbone(nn.Module):
         kept = self.model.state_dict().keys()
         model = {f"model.{key}": value for key, value in converted.items() if key in kept}
         return model | {name: state_dict[key] for name, key in additions.items()}
+
+    def has_keys_of(self, state_dict: Mapping[str, Tensor]) -> bool:
+        """Whether a state dict has keys of this module, not official ones; those of a detector may begin alike."""
+        return not self.state_dict().keys().isdisjoint(state_dict)
 
     def _own_addition(self, key: str) -> str | None:
         """Our key for what official dense backbones add to a classifier, None for another key."""

@@ -50,6 +50,11 @@ STAGE_RECORDS = {
     "a2mamba/a2mamba_n@224x320": "a2mamba_nano",
     "a2mamba/a2mamba_t": "a2mamba_tiny",
 }
+# Whole detectors, of which this is the backbone; `test_yolo` has the rest.
+DETECTOR_RECORDS = {
+    "mamba_yolo/mamba_yolo_t": "mambayolo_tiny",
+    "mamba_yolo/mamba_yolo_t@160x256": "mambayolo_tiny",
+}
 
 
 @pytest.mark.parametrize("name", RECORDS)
@@ -108,6 +113,17 @@ def test_classifier_of_numbered_stages_computes_the_official_outputs(name, devic
         record.check(f"stage{stage}", each)
     if "stage4_norm_mean" in record.arrays:
         record.check("stage4_norm", normed)
+
+
+@pytest.mark.parametrize("name", DETECTOR_RECORDS)
+def test_backbone_of_a_detector_computes_the_official_maps(name, device):
+    record = records.load(name)
+    model = vssm.create_model(DETECTOR_RECORDS[name], num_classes=0).eval()
+    vssm.checkpoint.load(model, record.state_dict)
+    with torch.no_grad():
+        maps = model.to(device).forward_intermediates(record.images.to(device), intermediates_only=True)
+    for level, each in enumerate(maps, start=2):
+        record.check(f"backbone_p{level}", each)
 
 
 def test_classifiers_of_groupmamba_compute_the_official_outputs(device):

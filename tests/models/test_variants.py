@@ -57,6 +57,9 @@ PARAMETERS = {
     "vim2_tiny": 24.011,  # printed as 20; the sizes below as 43 and 74
     "vim2_small": 43.675,
     "vim2_base": 75.583,
+    "mambayolo_tiny": 2_942_776,  # backbones with a classifier, which no paper counts; detectors are in `test_yolo`
+    "mambayolo_base": 10_550_752,
+    "mambayolo_large": 33_332_248,
 }
 VARIANTS = [name for name in vssm.list_models() if not name.startswith("test_")]
 

@@ -15,7 +15,7 @@ class SS2D(nn.Module):
 
     The directions are rows, columns, and both reversed. With a gate, [x | z] = in_proj(input) and out_proj reads the
     norm's result times silu(z). A family that walks the map in another way overrides `scan`, one that does more than a
-    convolution, a scan and a norm overrides `mix`.
+    convolution, a scan and a norm overrides `mix`, and one with another activation `activate`.
 
     Args:
         d_model: Channels of the tokens.
@@ -56,11 +56,15 @@ class SS2D(nn.Module):
         if not self.gate:
             return self.out_proj(self.mix(x, size))
         x, z = x.chunk(2, dim=-1)
-        return self.out_proj(self.mix(x, size) * F.silu(z))
+        return self.out_proj(self.mix(x, size) * self.activate(z))
 
     def mix(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """Maps the scan's input (b, l, d) in raster order of a grid ``size`` = (h, w) to what the gate multiplies."""
-        return self.out_norm(self.scan(F.silu(self.conv(x, size)), size))
+        return self.out_norm(self.scan(self.activate(self.conv(x, size)), size))
+
+    def activate(self, x: Tensor) -> Tensor:
+        """The activation of the scan's input and of the gate."""
+        return F.silu(x)
 
     def scan(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """Scans tokens (b, l, d) of a grid ``size`` = (h, w); returns the sum of all directions, (b, l, d)."""

@@ -6,6 +6,7 @@ from vssm.models import (
     groupmamba,
     localmamba,
     mambavision,
+    mambayolo,
     msvmamba,
     plainmamba,
     vim,
@@ -26,5 +27,6 @@ FAMILIES = tuple(
         mambavision,
         a2mamba,
         vim2,
+        mambayolo,
     )
 )

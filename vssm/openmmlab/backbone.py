@@ -86,9 +86,9 @@ class VSSMBackbone(DenseBackbone, BaseModule):
 def _translate_official_keys(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
     """Before weights are loaded into a backbone or what is around it: brings its official keys to ours."""
     assert isinstance(module, VSSMBackbone)
-    given = {key: key[len(prefix) :] for key in state_dict if key.startswith(prefix)}
-    if not given or any(name.startswith("model.") for name in given.values()):
+    given = {key[len(prefix) :]: key for key in state_dict if key.startswith(prefix)}
+    if not given or module.has_keys_of({name: state_dict[key] for name, key in given.items()}):
         return
-    official = {name: state_dict.pop(key) for key, name in given.items()}
+    official = {name: state_dict.pop(key) for name, key in given.items()}
     ours = module.complete_keys(official, allow_missing=module.allow_missing)
     state_dict.update({prefix + name: value for name, value in ours.items()})
