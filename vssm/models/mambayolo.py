@@ -127,9 +127,7 @@ class MambaYoloStem(nn.Module):
 
     def __init__(self, in_chans: int, embed_dim: int) -> None:
         super().__init__()
-        self.conv1 = ConvNormAct(
-            in_chans, embed_dim // 2, 3, stride=2, norm_kwargs=BATCH_NORM, act_layer=partial(nn.GELU)
-        )
+        self.conv1 = ConvNormAct(in_chans, embed_dim // 2, 3, stride=2, norm_kwargs=BATCH_NORM, act_layer=nn.GELU)
         self.conv2 = conv_norm_silu(embed_dim // 2, embed_dim, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -266,8 +264,9 @@ _BLOCK = {
     "mlp.dwconv": "mlp.conv.conv",
     "mlp.fc2": "mlp.fc2",
 }
-_BACKBONE_LAYERS = 8  # of the official detector's list; what comes after them is its neck and its head
-_OFFICIAL_LAYERS = 22
+# Layers of the official detector's list: those of the backbone, and those of neck and head.
+BACKBONE_KEY = re.compile(r"model\.[0-7]\.")
+_OTHER_KEY = re.compile(r"model\.([89]|1\d|2[01])\.")
 _MERGE_WEIGHT = re.compile(r"stages\.\d+\.downsample\.conv\.conv\.weight")
 
 
@@ -281,8 +280,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: MambaYolo) -> dic
     """
     if any(key.startswith("stem.") for key in state_dict):
         return state_dict
-    others = re.compile("|".join(rf"model\.{i}\..+" for i in range(_BACKBONE_LAYERS, _OFFICIAL_LAYERS)))
-    official = {key: value for key, value in state_dict.items() if not others.fullmatch(key)}
+    official = {key: value for key, value in state_dict.items() if not _OTHER_KEY.match(key)}
     renamed = _official_keys.rename(official, _patterns(model), family="mambayolo")
     patches = {key: _phases_to_patch(value) for key, value in renamed.items() if _MERGE_WEIGHT.fullmatch(key)}
     return reshape_like(model, renamed | patches)
