@@ -20,7 +20,7 @@ from vssm.cli import train as train_command
 from vssm.cli._options import Parser
 from vssm.cli.config import parse_with_config
 from vssm.data.images import ImageFiles
-from vssm.engine import stopping, training_step
+from vssm.engine import distillation, stopping
 from vssm.engine import train as train_module
 from vssm.engine.checkpoints import claimed, read_state, state_files
 from vssm.engine.nonfinite import explain
@@ -440,10 +440,10 @@ def test_few_damaged_files_are_skipped_with_a_warning(tmp_path, caplog):
 
 def test_loss_that_is_not_finite_ends_the_run_and_keeps_the_state(folder, tmp_path, monkeypatch):
     setting = Setting(folder, tmp_path / "run", CPU)
-    cross_entropy = training_step.cross_entropy
+    cross_entropy = distillation.cross_entropy
     calls = iter(range(100))
     monkeypatch.setattr(
-        training_step,
+        distillation,
         "cross_entropy",
         lambda *args, **options: cross_entropy(*args, **options) * (1 if next(calls) < 4 else float("nan")),
     )

@@ -13,8 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from image_folders import TINY, make_folder
+from image_folders import TINY, TINY_INPUT, make_folder
+from vssm.engine import classifier as classifiers
 from vssm.engine.checkpoints import read_state, state_files
+from vssm.engine.classifier import ModelSpec
 
 ALONE = [sys.executable, "-m", "vssm.cli"]
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "vssm.cli"]
@@ -175,3 +177,43 @@ def test_run_goes_on_with_another_number_of_processes(folder, tmp_path):
     assert "resumed with 1 processes after 2: order and augmentation of the images stay as they were" in errors
     weights = [load_file(folder / "final.safetensors") for folder in (tmp_path / "alone", output)]
     torch.testing.assert_close(weights[1], weights[0], rtol=1e-3, atol=1e-4)
+
+
+def _guided(path: Path) -> list[object]:
+    """Options to learn from a teacher, of random weights, and from the moving average."""
+    teacher = classifiers.build(ModelSpec(model="test_resnet", in_chans=1), classes=("dark", "light"))
+    classifiers.save(path, teacher, teacher.model.state_dict(), {})
+    return ["--distill-teacher", "test_resnet", "--distill-checkpoint", path, "--mesa", "1", "--mesa-start-epoch", "2"]
+
+
+@pytest.mark.slow
+def test_two_processes_that_learn_from_other_models_equal_one(folder, tmp_path):
+    options = [folder, *TINY, *KEPT, *_guided(tmp_path / "teacher.safetensors"), "--mixup", "0", "--cutmix", "0"]
+    options += ["--batch-size", "40", "--epochs", "8", "--lr", "3e-3", "--accum", "2", "--output"]
+    one, replicated, sharded = (tmp_path / name for name in ("one", "replicated", "sharded"))
+    _run(ALONE, *options, one)
+    _run(TWO, *options, replicated)
+    _run(TWO, *options, sharded, "--fsdp")
+    for output in (replicated, sharded):
+        for name in ("train_loss", "val_loss"):
+            expected = [float(row[name]) for row in _rows(one)]
+            assert [float(row[name]) for row in _rows(output)] == pytest.approx(expected, abs=1e-5)
+        _assert_same_files(one, output)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharded", [[], ["--fsdp"]], ids=["replicated", "sharded"])
+def test_two_processes_that_learn_from_other_models_resume_bit_for_bit(folder, tmp_path, sharded):
+    """Batch norms differ between processes; those of the moving average must not depend on when a run was stopped."""
+    options = [folder, "--model", "test_resnet", *TINY_INPUT, *KEPT, *_guided(tmp_path / "teacher.safetensors")]
+    options += [*sharded, "--batch-size", "8", "--workers", "0", "--aa", "none", "--device", "cpu", "--epochs", "24"]
+    options += ["--save-every", "5", "--output"]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    _run(TWO, *options, whole)
+    process = _start(TWO, *options, stopped)
+    assert _wait_for_step(process, stopped, 20)
+    os.kill(process.pid, signal.SIGTERM)
+    printed, errors = process.communicate(timeout=60)
+    assert f"go on with --resume {stopped}" in printed, errors
+    _run(TWO, *options, stopped, "--resume", "auto")
+    _assert_same_weights(whole, stopped)

@@ -80,6 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_computation(parser.add_argument_group("computation", "None of it changes the result but for rounding"))
     _add_optimization(parser.add_argument_group("optimization"))
     _add_augmentation(parser.add_argument_group("augmentation"))
+    _add_distillation(parser.add_argument_group("distillation", "Learning from other models besides labels"))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -193,6 +194,41 @@ def _add_augmentation(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--smoothing", type=share, metavar="X", help=_help("smoothing", "of labels"))
 
 
+def _add_distillation(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--distill-teacher",
+        metavar="NAME",
+        help="learn the predictions of this model of vssm or timm, too; it sees the same images",
+    )
+    group.add_argument(
+        "--distill-checkpoint", type=_path_from_anywhere, metavar="FILE", help="its weights; published ones if absent"
+    )
+    group.add_argument(
+        "--distill", choices=("hard", "soft"), help=_help("distill", "its most probable class, or all probabilities")
+    )
+    group.add_argument(
+        "--distill-weight",
+        type=number(0, 1),
+        metavar="W",
+        help=_help("distill_weight", "its part of the loss; labels have the rest"),
+    )
+    group.add_argument(
+        "--distill-temperature",
+        type=number(1e-3),
+        metavar="T",
+        help=_help("distill_temperature", "divides the logits for soft"),
+    )
+    group.add_argument(
+        "--mesa",
+        type=number(0),
+        metavar="W",
+        help=_help("mesa", "add W times the cross-entropy to what the moving average of the weights predicts"),
+    )
+    group.add_argument(
+        "--mesa-start-epoch", type=count, metavar="E", help=_help("mesa_start_epoch", "epochs before --mesa is added")
+    )
+
+
 def _add_flag(group: argparse._ArgumentGroup, name: str, text: str) -> None:
     group.add_argument(
         name, action=argparse.BooleanOptionalAction, default=None, help=_help(name.strip("-").replace("-", "_"), text)
@@ -224,6 +260,11 @@ def _optimizer(text: str) -> str:
     if name not in known:
         raise argparse.ArgumentTypeError(f"unknown optimizer {text!r}{nearest(name, known)}")
     return text
+
+
+def _path_from_anywhere(text: str) -> str:
+    """Type of a path that a run keeps, to be found again when it goes on in another folder."""
+    return str(Path(text).absolute())
 
 
 def _seed(text: str) -> int:

@@ -36,6 +36,13 @@ class Recipe(ModelSpec):
         model_ema: Keep a moving average of the weights, and evaluate that.
         model_ema_decay: Its decay per step.
         model_ema_warmup: Start it with a smaller decay.
+        distill_teacher: Model whose predictions are learnt besides labels; none when None.
+        distill_checkpoint: File of its weights; the published ones when None.
+        distill: What of them is learnt: ``hard``, the most probable class, or ``soft``, all probabilities.
+        distill_weight: Part of the loss that the teacher has; labels have the rest.
+        distill_temperature: Divides logits before ``soft`` takes probabilities.
+        mesa: Weight of the cross-entropy to the moving average's predictions, which is added to the loss.
+        mesa_start_epoch: Epochs before that.
         amp: Compute in half precision where that is safe.
         amp_dtype: bfloat16 or float16.
         seed: Of the initial weights, the order of images and their augmentation.
@@ -67,6 +74,13 @@ class Recipe(ModelSpec):
     model_ema: bool = False
     model_ema_decay: float = 0.9999
     model_ema_warmup: bool = False
+    distill_teacher: str | None = None
+    distill_checkpoint: str | None = None
+    distill: str = "hard"
+    distill_weight: float = 0.5
+    distill_temperature: float = 1.0
+    mesa: float = 0.0
+    mesa_start_epoch: int = 0
     amp: bool = False
     amp_dtype: str = "bfloat16"
     seed: int = 42
@@ -78,6 +92,12 @@ class Recipe(ModelSpec):
             )
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise ValueError(f"train: expected 0 < scale[0] <= scale[1] <= 1, got {self.scale[0]} and {self.scale[1]}")
+        if self.mesa > 0 and not self.model_ema:
+            raise ValueError(f"train: expected --model-ema for --mesa {self.mesa:g}, which learns from it, got none")
+        if self.distill_checkpoint is not None and self.distill_teacher is None:
+            raise ValueError(
+                f"train: expected --distill-teacher NAME for the weights in {self.distill_checkpoint}, got none"
+            )
 
     @property
     def mixes_pairs(self) -> bool:

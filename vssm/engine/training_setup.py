@@ -2,7 +2,7 @@
 
 import fnmatch
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from vssm.data.sampling import TrainingBatches
 from vssm.engine import classifier as classifiers
 from vssm.engine import distributed
 from vssm.engine.classifier import Classifier
+from vssm.engine.distillation import Teacher, learns_by_head, open_teacher
 from vssm.engine.recipe import Recipe
 from vssm.engine.training_state import TrainingState
 
@@ -98,6 +99,7 @@ class Run:
         eval_loader: Of batches of ``held_out``.
         mix: Class indices (b,) to class probabilities (b, num_classes), and images to mixed ones.
         amp_dtype: Half precision for autocast; float32 when None.
+        teacher: A model that is learnt from; none when None.
     """
 
     recipe: Recipe
@@ -109,6 +111,7 @@ class Run:
     eval_loader: DataLoader
     mix: Mix
     amp_dtype: torch.dtype | None
+    teacher: Teacher | None = None
 
     @property
     def batches(self) -> TrainingBatches:
@@ -133,10 +136,7 @@ def prepare(recipe: Recipe, setting: Setting, *, fresh: bool) -> Run:
     _check(recipe, setting)
     images = open_dataset(setting.data_dir, "train", options=setting.data_options)
     held_out = open_dataset(setting.data_dir, "val", classes=images.classes, options=setting.data_options)
-    random_seed(recipe.seed)
-    classifier = classifiers.build(replace(recipe, pretrained=recipe.pretrained and fresh), classes=images.classes)
-    if fresh and setting.initial_checkpoint is not None:
-        classifiers.load_initial(classifier, setting.initial_checkpoint, new_head=setting.new_head)
+    classifier = _student(recipe, setting, images.classes, fresh=fresh)
     share = distributed.share()
     if recipe.accum > recipe.batch_size // share.ranks:
         raise ValueError(
@@ -146,6 +146,10 @@ def prepare(recipe: Recipe, setting: Setting, *, fresh: bool) -> Run:
     device = setting.device
     loading: Any = {"share": share, "workers": setting.workers, "device": device}
     size, config = recipe.batch_size, classifier.config
+    teacher = open_teacher(recipe, classifier, device=device, memory_format=setting.memory_format)
+    if teacher is not None and learns_by_head(classifier.model):
+        enable: Any = classifier.model.set_distilled_training
+        enable(True)
     return Run(
         recipe=recipe,
         setting=setting,
@@ -156,7 +160,17 @@ def prepare(recipe: Recipe, setting: Setting, *, fresh: bool) -> Run:
         eval_loader=eval_loader(held_out, config, batch_size=-(-size // share.ranks), **loading),
         mix=_mix(recipe, classifier.spec.num_classes or 0),
         amp_dtype=_DTYPES[recipe.amp_dtype] if recipe.amp else None,
+        teacher=teacher,
     )
+
+
+def _student(recipe: Recipe, setting: Setting, classes: Sequence[str], *, fresh: bool) -> Classifier:
+    """The model that is trained, as `prepare` says."""
+    random_seed(recipe.seed)
+    classifier = classifiers.build(replace(recipe, pretrained=recipe.pretrained and fresh), classes=classes)
+    if fresh and setting.initial_checkpoint is not None:
+        classifiers.load_initial(classifier, setting.initial_checkpoint, new_head=setting.new_head)
+    return classifier
 
 
 def _check(recipe: Recipe, setting: Setting) -> None:
@@ -201,7 +215,8 @@ def initial_state(run: Run) -> TrainingState:
         enable()
     ema = None
     if recipe.model_ema:
-        ema = ModelEmaV3(model, decay=recipe.model_ema_decay, use_warmup=recipe.model_ema_warmup)
+        options: Any = {"decay": recipe.model_ema_decay, "use_warmup": recipe.model_ema_warmup}
+        ema = ModelEmaV3(model, foreach=not setting.fsdp, **options)  # parameters that are cut, buffers that are not
     if setting.fsdp:
         distributed.shard(model)
         if ema is not None:

@@ -4,14 +4,14 @@ import math
 from dataclasses import dataclass
 
 import torch
-from timm.utils import random_seed
+from timm.utils import distribute_bn, random_seed
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 
 from vssm.data.loaders import Batch
 from vssm.data.randomness import Purpose, seed_for
 from vssm.engine import distributed
+from vssm.engine.distillation import Guides, sum_of_losses
 from vssm.engine.evaluate import autocast
 from vssm.engine.training_setup import Run
 from vssm.engine.training_state import TrainingState
@@ -105,11 +105,24 @@ def _forward_and_backward(
     losses = []
     for number, (images, targets) in enumerate(parts, start=1):
         with distributed.gradients_kept_apart(network, number < len(parts)):
+            guides = _guides(run, state, images)
             with autocast(run.setting.device, run.amp_dtype):
-                loss = cross_entropy(network(images), targets, reduction="sum")
+                loss = sum_of_losses(run.recipe, network(images), targets, guides)
             losses.append(_OnItsWay(loss.detach()))
             state.scaler.scale(loss * scale).backward()
     return sum(each.value() for each in losses)
+
+
+def _guides(run: Run, state: TrainingState, images: Tensor) -> Guides:
+    """What teacher and moving average say of images; the teacher computes in its own precision."""
+    teacher = None if run.teacher is None else run.teacher.logits(images)
+    if state.ema is None or run.recipe.mesa == 0 or state.epoch < run.recipe.mesa_start_epoch:
+        return Guides(teacher)
+    ranks = distributed.share().ranks
+    if ranks > 1:  # a run that goes on has the statistics of batch norms of the main process alone
+        distribute_bn(state.ema.module, ranks, reduce=False)
+    with torch.no_grad(), autocast(run.setting.device, run.amp_dtype):
+        return Guides(teacher, state.ema.module(images).float())
 
 
 class _OnItsWay:
