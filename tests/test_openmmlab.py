@@ -13,24 +13,15 @@ from torch import nn
 import vssm
 from golden import records
 from golden.dense import OFFICIAL
+from openmmlab_recipes import CONFIGS, SIZE, ours, small_config, train_one_step
 from vssm.cli import main
 from vssm.data.scenes import write_ade, write_coco
 
 pytestmark = pytest.mark.mm
-CONFIGS = Path(__file__).parents[1] / "configs"
-SIZE = (64, 96)
-
-
-def _ours():
-    pytest.importorskip("mmdet")
-    pytest.importorskip("mmseg")
-    import vssm.openmmlab
-
-    return vssm.openmmlab
 
 
 def _build(**arguments):
-    _ours()
+    ours()
     from mmengine.registry import MODELS
 
     return MODELS.build({"type": "VSSMBackbone", **arguments})
@@ -79,7 +70,7 @@ def test_pretrained_weights_stay_when_a_detector_is_initialised(tmp_path):
     classifier = vssm.create_model("test_vmamba")
     file = tmp_path / "classifier.safetensors"
     vssm.checkpoint.write(file, classifier.state_dict(), {})
-    _ours()
+    ours()
     from mmengine.model import BaseModule
 
     for arguments in ({"pretrained": str(file)}, {"init_cfg": {"type": "Pretrained", "checkpoint": str(file)}}):
@@ -93,14 +84,14 @@ def test_pretrained_weights_stay_when_a_detector_is_initialised(tmp_path):
 
 @pytest.mark.parametrize("tool", ["mmdet/test.py", "mmseg/train.py"])
 def test_tools_of_the_frameworks_run(tool):
-    _ours()
+    ours()
     command = [sys.executable, "-m", "vssm.openmmlab", tool, "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "--cfg-options" in done.stdout
 
 
 def test_an_unknown_tool_is_one_line():
-    _ours()
+    ours()
     done = subprocess.run([sys.executable, "-m", "vssm.openmmlab", "mmdet/no.py"], capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (
@@ -160,7 +151,7 @@ def _random_boxes(count):
 
 
 def test_suppression_keeps_what_the_definition_keeps():
-    _ours()
+    ours()
     from mmcv.ops import nms, soft_nms
 
     boxes, scores = _random_boxes(60), torch.rand(60)
@@ -191,7 +182,7 @@ def test_suppression_keeps_what_the_definition_keeps():
 
 
 def test_regions_and_focal_loss_have_the_gradients_of_torchvision():
-    _ours()
+    ours()
     from mmcv import ops
 
     regions = torch.cat([torch.randint(0, 2, (9, 1)), _random_boxes(9)], dim=1).double()
@@ -220,91 +211,12 @@ def test_regions_and_focal_loss_have_the_gradients_of_torchvision():
 
 
 def test_other_operators_say_what_they_need():
-    _ours()
+    ours()
     ext = sys.modules["mmcv._ext"]
     if ext.__spec__.origin != "torchvision":
         pytest.skip("a compiled mmcv has all operators")
     with pytest.raises(NotImplementedError, match="carafe_forward needs mmcv with its compiled operators"):
         ext.carafe_forward()
-
-
-def _parts(node):
-    if isinstance(node, dict):
-        yield node
-    for each in node.values() if isinstance(node, dict) else node if isinstance(node, list | tuple) else ():
-        yield from _parts(each)
-
-
-def _small_config(path, root, work_dir, *, model_name=None):
-    """A published recipe on generated data, with everything shrunk that costs time on a CPU but not the backbone."""
-    _ours()
-    from mmengine.config import Config
-
-    cfg = Config.fromfile(path)
-    cfg.model.backbone.update(pretrained=False, drop_path_rate=0.0)  # a dropped branch would learn nothing
-    detection = path.parent.name == "mmdet"
-    if model_name is not None:
-        cfg.model.backbone.model_name = model_name
-        dims = [info["num_chs"] for info in vssm.create_model(model_name).feature_info]
-        if detection:
-            cfg.model.neck.in_channels = dims
-        else:
-            cfg.model.decode_head.in_channels, cfg.model.auxiliary_head.in_channels = dims, dims[2]
-    _shrink(cfg)
-    data = cfg.train_dataloader
-    data.update(num_workers=0, persistent_workers=False, batch_size=2)
-    data.dataset.data_root = f"{root}/"
-    if detection:
-        data.dataset.update(
-            ann_file="annotations/instances_train2017.json",
-            data_prefix={"img": "train2017/"},
-            metainfo={"classes": tuple(map(str, range(10)))},
-            filter_cfg={"filter_empty_gt": True, "min_size": 8},
-        )
-        cfg.val_evaluator.ann_file = f"{root}/annotations/instances_train2017.json"
-    cfg.val_dataloader = cfg.test_dataloader = cfg.val_cfg = cfg.test_cfg = None
-    cfg.val_evaluator = cfg.test_evaluator = None
-    cfg.train_cfg = {"type": "IterBasedTrainLoop", "max_iters": 1}
-    data.sampler = {"type": "InfiniteSampler", "shuffle": False}
-    cfg.default_hooks.checkpoint = {"type": "CheckpointHook", "interval": 1, "by_epoch": False}
-    cfg.param_scheduler = []
-    cfg.env_cfg.dist_cfg = {"backend": "gloo"}
-    cfg.randomness = {"seed": 0}
-    cfg.work_dir, cfg.experiment_name = str(work_dir), work_dir.name
-    return cfg
-
-
-def _shrink(cfg):
-    small = {"fc_out_channels": 32, "num_convs": 1, "nms_pre": 50, "max_per_img": 20, "channels": 32}
-    for part in _parts(cfg.model):
-        for key, value in small.items():
-            if key in part and isinstance(part[key], int):
-                part[key] = value
-        if "sampler" in part and "num" in part["sampler"]:
-            part["sampler"]["num"] = 16
-        if part.get("num_classes") == 80:
-            part["num_classes"] = 10
-    if "size" in cfg.model.get("data_preprocessor", {}):
-        cfg.model.data_preprocessor.size = (64, 64)
-    for step in _parts(cfg.train_dataloader.dataset.pipeline):
-        if "scale" in step and step["type"] in ("Resize", "RandomResize"):
-            step["scale"] = SIZE[::-1]
-        if "scales" in step:
-            step["scales"] = [SIZE[::-1]]
-        if step.get("type") == "RandomCrop":
-            step["crop_size"] = (64, 64)
-
-
-def _train_one_step(cfg):
-    from mmengine.runner import Runner
-
-    runner = Runner.from_cfg(cfg)
-    before = {name: parameter.detach().clone() for name, parameter in runner.model.named_parameters()}
-    runner.train()
-    loss = runner.message_hub.get_scalar("train/loss").data[0]
-    assert torch.isfinite(torch.as_tensor(loss)).all()
-    unchanged = [name for name, parameter in runner.model.named_parameters() if torch.equal(before[name], parameter)]
-    return runner, unchanged
 
 
 @pytest.mark.parametrize(
@@ -313,21 +225,21 @@ def _train_one_step(cfg):
 def test_a_recipe_trains_saves_resumes_and_predicts(name, coco, ade, tmp_path):
     detection = name.startswith("mmdet")
     root = coco if detection else ade
-    _ours()
+    ours()
     from mmengine.config import Config
 
-    cfg = _small_config(CONFIGS / name, root, tmp_path / "work", model_name="test_vmamba")
-    runner, unchanged = _train_one_step(cfg)
+    cfg = small_config(CONFIGS / name, root, tmp_path / "work", model_name="test_vmamba")
+    runner, unchanged = train_one_step(cfg)
     assert [each for each in unchanged if each.startswith("backbone.") or not each.endswith("bias")] == []
 
     file = tmp_path / "work" / "iter_1.pth"
     resumed = cfg.copy()
     resumed.load_from, resumed.resume, resumed.experiment_name = str(file), True, "again"
     resumed.train_cfg.max_iters = 2
-    again, _ = _train_one_step(resumed)
+    again, _ = train_one_step(resumed)
     assert again.iter == 2
 
-    predicting = _small_config(CONFIGS / name, root, tmp_path / "work", model_name="test_vmamba")
+    predicting = small_config(CONFIGS / name, root, tmp_path / "work", model_name="test_vmamba")
     predicting.test_dataloader = Config.fromfile(CONFIGS / name).test_dataloader
     predicting.dump(tmp_path / "recipe.py")
     command, folder = ("detect", coco / "val2017") if detection else ("segment", ade / "images" / "validation")
@@ -354,8 +266,11 @@ def test_a_recipe_trains_saves_resumes_and_predicts(name, coco, ade, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.glob("mm*/*.py")))
 def test_every_recipe_trains_a_step(name, coco, ade, tmp_path):
-    cfg = _small_config(CONFIGS / name, coco if name.startswith("mmdet") else ade, tmp_path / "work")
-    _, unchanged = _train_one_step(cfg)
+    cfg = small_config(CONFIGS / name, coco if name.startswith("mmdet") else ade, tmp_path / "work")
+    runner, unchanged = train_one_step(cfg)
+    # Of the gradient of a bias that a batch norm takes out again there is but rounding.
+    takes_out = any(isinstance(module, nn.BatchNorm2d) for module in runner.model.backbone.modules())
+    unchanged = [each for each in unchanged if not (takes_out and each.endswith("bias"))]
     assert [each for each in unchanged if each.startswith("backbone.")] == []
 
 
@@ -367,7 +282,7 @@ def test_every_recipe_trains_a_step(name, coco, ade, tmp_path):
     ],
 )
 def test_wrong_channels_are_an_error_that_names_the_right_ones(name, setting, coco, ade, tmp_path):
-    cfg = _small_config(CONFIGS / name, coco if name.startswith("mmdet") else ade, tmp_path / "work")
+    cfg = small_config(CONFIGS / name, coco if name.startswith("mmdet") else ade, tmp_path / "work")
     cfg.model.backbone.model_name = "test_vmamba"
     with pytest.raises(ValueError, match=rf"{setting}, but test_vmamba gives \[16, 32, 64, 128\]; set"):
-        _train_one_step(cfg)
+        train_one_step(cfg)

@@ -40,8 +40,7 @@ class CellPredictions(NamedTuple):
 
     def boxes(self) -> Tensor:
         """Boxes (b, a, 4): x0, y0, x1, y1 in pixels, each side where its distribution expects it."""
-        bins = torch.arange(self.sides.shape[-1], dtype=self.sides.dtype, device=self.sides.device)
-        distances = (self.sides.softmax(-1) * bins).sum(-1) * self.strides  # (b, a, 4)
+        distances = _expectation(self.sides) * self.strides  # (b, a, 4)
         return torch.cat([self.centres - distances[..., :2], self.centres + distances[..., 2:]], dim=-1)
 
 
@@ -80,6 +79,11 @@ class YoloHead(nn.Module):
         classes = [branch(each) for branch, each in zip(self.classes, maps, strict=True)]
         return HeadMaps(classes, [branch(each) for branch, each in zip(self.sides, maps, strict=True)])
 
+    def expected(self, sides: Tensor) -> Tensor:
+        """Expected distances (b, 4, h, w) in cells, in float32 at least, of logits (b, 4·bins, h, w)."""
+        logits = sides.to(torch.promote_types(sides.dtype, torch.float32))
+        return _expectation(logits.unflatten(1, (4, self.bins)).movedim(2, -1))
+
     def cells(self, maps: HeadMaps) -> CellPredictions:
         """Predictions of all cells, in float32 at least: level by level, each in raster order."""
         classes, sides = (torch.cat([each.flatten(2) for each in kind], dim=2).transpose(1, 2) for kind in maps)
@@ -92,6 +96,12 @@ class YoloHead(nn.Module):
             centres.append(torch.stack([x, y], dim=-1).flatten(0, 1))
             strides.append(torch.full((len(centres[-1]), 1), stride, dtype=dtype, device=device))
         return CellPredictions(classes.to(dtype), sides.to(dtype), torch.cat(centres), torch.cat(strides))
+
+
+def _expectation(logits: Tensor) -> Tensor:
+    """Mean (...,) of the bins' numbers under distributions given by logits (..., bins)."""
+    bins = torch.arange(logits.shape[-1], dtype=logits.dtype, device=logits.device)
+    return (logits.softmax(-1) * bins).sum(-1)
 
 
 def _branch(dim: int, hidden_dim: int, dim_out: int, *, bias: float) -> nn.Sequential:
