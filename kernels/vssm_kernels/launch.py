@@ -12,7 +12,7 @@ from vssm_kernels import launch_table, scan_torch, scan_triton
 from vssm_kernels.scan_call import ScanCall
 
 kernels: Any = scan_triton  # Triton's language looks like Python, but its types are others
-_PACKED = 64  # steps of a program that packs or unpacks
+_PACKED = 4096  # numbers of a program that packs or unpacks
 _LANES = 32
 
 
@@ -250,7 +250,8 @@ class _Launch:
             of_matrix = matrix.stride() if matrix.ndim == 4 else (0, 0, 0, 0)
             axes = ("sample", "token", "direction", "state")
             strides |= {f"{name}_{axis}": stride for axis, stride in zip(axes, of_matrix, strict=True)}
-        grid = (self.walks, math.ceil(self.padded / _PACKED))
+        block = self._packed_steps()
+        grid = (self.walks, math.ceil(self.padded / block))
         if self.length and self.walks:
             with torch.accelerator.device_index(call.x.device.index):
                 kernels.pack_kernel[grid](
@@ -260,10 +261,15 @@ class _Launch:
                     states=call.states, tables=tables, order_tables=counts[0], gap_tables=counts[1], **strides,
                     HAS_ORDER=order is not None, HAS_GAP=gap is not None, CHAIN=call.chain,
                     STEP_PARAMS=call.params == "step", B_PER_TOKEN=matrices["B"].ndim == 4,
-                    C_PER_TOKEN=matrices["C"].ndim == 4, BLOCK=_PACKED, STEPS=self.config.steps,
+                    C_PER_TOKEN=matrices["C"].ndim == 4, BLOCK=block, STEPS=self.config.steps,
                     STATES=_power_of_two(call.states),
                 )  # fmt: skip
         return {"places": places, "gaps": gaps, "matrices": packed, "tables": tables, **constants}
+
+    def _packed_steps(self) -> int:
+        """Steps of a program that packs or unpacks."""
+        columns = _power_of_two(max(self.rank, self.call.states, 8))
+        return min(max(_PACKED // columns, 2 * self.config.steps), _power_of_two(self.padded))
 
     def _tables(self, table: Tensor | None) -> int:
         """How many walks have an order or gaps of their own."""
@@ -301,6 +307,7 @@ class _Launch:
             "rank": self.rank,
             "unaligned": 0,
             "LOW_RANK": call.dt_weight is not None,
+            "TWO_A_WORD": _two_a_word(dt, self.rank),
             "RANKS": max(16, _power_of_two(self.rank)),
             "HALF_DOT": call.dt.dtype == torch.float16
             or (call.dt.dtype == torch.bfloat16 and _bfloat16_products(call.x.device)),
@@ -313,6 +320,7 @@ class _Launch:
             "C_PER_TOKEN": call.C is None or call.C.ndim != 3,
             "HAS_SKIP": call.D is not None,
             "ONE_STATE": call.states == self.slots,
+            "UNROLL": 2 if call.states // self.slots % 2 == 0 else 1,
             "STEPS": config.steps,
             "LOG_STEPS": config.steps.bit_length() - 1,
             "CHANNELS": config.channels,
@@ -381,7 +389,8 @@ class _Launch:
         for name in wanted:
             rows = self._rows(grads[name]) if name in grads else _Rows(self.none, 0, 0, 0)
             arguments |= rows.arguments(f"d{name}")
-        grid = (self.walks, math.ceil(self.length / _PACKED))
+        block = self._packed_steps()
+        grid = (self.walks, math.ceil(self.length / block))
         if grads and grid[0] and grid[1]:
             with torch.accelerator.device_index(call.x.device.index):
                 kernels.unpack_kernel[grid](
@@ -389,8 +398,8 @@ class _Launch:
                     sequences=call.sequences, length=self.length, padded=self.padded, rank=self.rank, N=call.states,
                     tables=self.step_arguments["tables"], **arguments,
                     LOW_RANK="dt" in grads, B_PER_TOKEN="B" in grads, C_PER_TOKEN="C" in grads,
-                    BLOCK=_PACKED, STEPS=self.config.steps,
-                    COLUMNS=_power_of_two(self.rank + 2 * call.states),
+                    BLOCK=block, STEPS=self.config.steps, RANKS=_power_of_two(self.rank),
+                    STATES=_power_of_two(call.states),
                 )  # fmt: skip
         return grads
 
@@ -454,6 +463,12 @@ def _rows_of_one_stride(tensor: Tensor) -> Tensor:
 def _bfloat16_products(device: torch.device) -> bool:
     """Whether matrix products in bfloat16 run on ``device``; Triton's interpreter has none."""
     return device.type == "cuda" and (torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] >= 8)
+
+
+def _two_a_word(dt: Tensor, rank: int) -> bool:
+    """Whether all rows of a low-rank dt can be read two neighbours at once."""
+    even = all(number % 2 == 0 for number in (rank, *dt.stride()[:3]))
+    return dt.element_size() == 2 and even and dt.data_ptr() % 4 == 0
 
 
 def _last_contiguous(tensor: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ _forced: "LaunchConfig | None" = None
 
 _ALL_AT_ONCE = 1000  # warps from which sequences are not cut
 _ENOUGH = 1536  # warps that sequences are cut into, about what an H100 holds at once
+_SLOTS = 4  # warps that share states, where they do
 _MOST_SLOTS = {"forward": 16, "backward": 4}  # more of them would only do the same work
 _REGISTERS = 65536  # of a multiprocessor
 _SHORTEST = 128  # steps of a chunk
@@ -73,20 +74,20 @@ def forget() -> None:
 def heuristic(shape: _Shape) -> LaunchConfig:
     """Sizes from the shape alone, made on an H100.
 
-    Where sequences are too few to fill the GPU, first warps share the states of a program, which costs a sum over them
-    a step; only then sequences are cut, for which decays are computed twice. A thread of a single state has 128
-    registers to itself when 16 warps share a multiprocessor; more states and gradients need more.
+    Where sequences are too few to fill the GPU, a few warps share the states of a program going forward, which costs
+    a sum over them a step; if those are still too few, and going backward, sequences are cut, for which decays are
+    computed twice. A thread of a single state has 128 registers to itself when 16 warps share a multiprocessor; more
+    states and gradients need more.
     """
     channels = 16 if shape.width <= 16 else 32
     programs = max(1, shape.batch * shape.sequences * math.ceil(shape.width / channels))
-    most = _MOST_SLOTS[shape.phase]
-    slots = 1
-    while programs * slots < _ALL_AT_ONCE and slots < most and shape.states % (2 * slots) == 0:
-        slots *= 2
-    chunks = 1
-    if programs * slots < _ALL_AT_ONCE:
-        chunks = max(1, min(math.ceil(_ENOUGH / (programs * slots)), shape.length // _SHORTEST))
-    registers = 255 if shape.phase == "backward" else 128 if shape.states == slots or slots > 1 else 168
+    slots = chunks = 1
+    if programs < _ALL_AT_ONCE:
+        if shape.phase == "forward" and shape.states % _SLOTS == 0 and programs * _SLOTS >= _ALL_AT_ONCE:
+            slots = _SLOTS
+        else:
+            chunks = max(1, min(math.ceil(_ENOUGH / programs), shape.length // _SHORTEST))
+    registers = 255 if shape.phase == "backward" else 128 if shape.states == 1 else 168
     return LaunchConfig(steps=16, channels=channels, slots=slots, chunks=chunks, registers=registers)
 
 

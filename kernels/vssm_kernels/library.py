@@ -53,7 +53,8 @@ def scan_backward(dy: Tensor, dstate: Tensor, *args: Any) -> list[Tensor]:
     device = call.x.device.type
     with torch.autocast(device, enabled=False):
         gradients = backend_for(device).backward(call, dy, dstate)
-    return [gradients[name].to(tensor.dtype) for name, tensor in _differentiable(call)]
+    # Contiguous, as the fake ones.
+    return [gradients[name].to(tensor.dtype).contiguous() for name, tensor in _differentiable(call)]
 
 
 @scan_backward.register_fake

@@ -86,13 +86,13 @@ def scan_forward_kernel(
     samples, sequences, chained, length, padded, chunk, width, N, rank, tables, unaligned,
     x_sample, x_token, x_direction, dt_sample, dt_token, dt_direction,
     z_sample, z_token, z_direction, y_sample, y_token, y_direction,
-    LOW_RANK: tl.constexpr, RANKS: tl.constexpr, HALF_DOT: tl.constexpr, SOFTPLUS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_GAP: tl.constexpr, HAS_SKIP: tl.constexpr, CHAIN: tl.constexpr,
+    LOW_RANK: tl.constexpr, TWO_A_WORD: tl.constexpr, RANKS: tl.constexpr, HALF_DOT: tl.constexpr,
+    SOFTPLUS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GAP: tl.constexpr, HAS_SKIP: tl.constexpr, CHAIN: tl.constexpr,
     SHARED_X: tl.constexpr, B_PER_TOKEN: tl.constexpr, C_PER_TOKEN: tl.constexpr, ONE_STATE: tl.constexpr,
-    GATED: tl.constexpr, HAS_START: tl.constexpr, WRITE_Y: tl.constexpr, WRITE_STATES: tl.constexpr,
-    WRITE_TOTALS: tl.constexpr, STEPS: tl.constexpr, LOG_STEPS: tl.constexpr, CHANNELS: tl.constexpr,
-    SLOTS: tl.constexpr, LOG_SLOTS: tl.constexpr, FULL: tl.constexpr, MASKED: tl.constexpr, PRECISE: tl.constexpr,
-    NVIDIA: tl.constexpr, INDEX: tl.constexpr,
+    UNROLL: tl.constexpr, GATED: tl.constexpr, HAS_START: tl.constexpr, WRITE_Y: tl.constexpr,
+    WRITE_STATES: tl.constexpr, WRITE_TOTALS: tl.constexpr, STEPS: tl.constexpr, LOG_STEPS: tl.constexpr,
+    CHANNELS: tl.constexpr, SLOTS: tl.constexpr, LOG_SLOTS: tl.constexpr, FULL: tl.constexpr, MASKED: tl.constexpr,
+    PRECISE: tl.constexpr, NVIDIA: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """Takes the steps of a chunk.
 
@@ -120,6 +120,7 @@ def scan_forward_kernel(
     last = begin + (end - begin - 1) // STEPS * STEPS
 
     x += sample * x_sample + (0 if CHAIN else sequence * x_direction)
+    x_block = x + tl.program_id(0) % blocks * CHANNELS
     y += sample * y_sample + (0 if CHAIN else sequence * y_direction)
     z += sample * z_sample + (0 if CHAIN else sequence * z_direction)
     dt += sample * dt_sample + sequence * dt_direction
@@ -151,32 +152,32 @@ def scan_forward_kernel(
         A_n = tiles.load_row(A, wide, wide_inside, FULL)
         next_BC = tiles.load_pairs(matrices + 2 * N * begin, own, SLOTS, STEPS)
 
-    # Loads are issued a tile ahead of their use, those of places two; those of a state two states ahead.
-    place = tiles.load_pair(places + 2 * begin, STEPS)
-    next_place = tiles.load_pair(places + 2 * tl.minimum(begin + STEPS, last), STEPS)
-    row, visit = tiles.unpair(place, STEPS)
+    # Loads are issued a tile ahead of their use, after two tiles in which their rows come into the cache; those of
+    # places three; those of states one group of states ahead.
+    next_place = tiles.load_pair(places + 2 * begin, STEPS)
+    later_place = tiles.load_pair(places + 2 * tl.minimum(begin + STEPS, last), STEPS)
+    latest_place = tiles.load_pair(places + 2 * tl.minimum(begin + 2 * STEPS, last), STEPS)
+    row, visit = tiles.unpair(next_place, STEPS)
     row, visit = row // chained if CHAIN else row, visit // chained if CHAIN and SHARED_X else visit
-    next_dts = tiles.load_dt(dt, row.to(INDEX), dt_token, ranks, rank, lanes, inside, LOW_RANK)
+    next_dts = tiles.load_dt(dt, row.to(INDEX), dt_token, rank, lanes, inside, LOW_RANK, TWO_A_WORD, RANKS)
     next_xs = tiles.load_tokens(x, visit.to(INDEX), x_token, lanes, inside, FULL)
     for first in range(begin, end, STEPS):
         steps = first + offsets
         following = tl.minimum(first + STEPS, last)
-        dts, xs = next_dts, next_xs.to(tl.float32)
+        place, next_place, later_place = next_place, later_place, latest_place
+        latest_place = tiles.load_pair(places + 2 * tl.minimum(first + 3 * STEPS, last), STEPS)
+        dts, xs = tiles.dts_of(next_dts, dt.dtype.element_ty), next_xs.to(tl.float32)
         row, visit = tiles.unpair(next_place, STEPS)
         row, visit = row // chained if CHAIN else row, visit // chained if CHAIN and SHARED_X else visit
-        next_dts = tiles.load_dt(dt, row.to(INDEX), dt_token, ranks, rank, lanes, inside, LOW_RANK)
+        next_dts = tiles.load_dt(dt, row.to(INDEX), dt_token, rank, lanes, inside, LOW_RANK, TWO_A_WORD, RANKS)
         next_xs = tiles.load_tokens(x, visit.to(INDEX), x_token, lanes, inside, FULL)
-        here, place = place, next_place
-        next_place = tiles.load_pair(places + 2 * tl.minimum(first + 2 * STEPS, last), STEPS)
+        tiles.prefetch(dt, dt_token, x_block, x_token, later_place, chained, STEPS, CHAIN and not SHARED_X, NVIDIA)
         if ONE_STATE:
             BC_n = next_BC
             next_BC = tiles.load_pairs(matrices + 2 * N * following, own, SLOTS, STEPS)
         else:
             of_tile = matrices + 2 * N * first
-            A_n, h, BC_n = tiles.load_state(A, kept, of_tile, 0, own, width, wide, wide_inside, SLOTS, STEPS, FULL)
-            A_next, h_next, BC_next = tiles.load_state(
-                A, kept, of_tile, 1, own, width, wide, wide_inside, SLOTS, STEPS, FULL
-            )
+            group = tiles.load_states(A, kept, of_tile, 0, own, width, wide, wide_inside, UNROLL, SLOTS, STEPS, FULL)
         gap = tl.load(gaps + steps) if HAS_GAP else 0.0
         raw = tiles.raw_steps(dts, matrix, offset, LOW_RANK, HALF_DOT, STEPS, CHANNELS)
         step, decay_step = tiles.steps_of_tile(
@@ -192,29 +193,33 @@ def scan_forward_kernel(
         if ONE_STATE and WRITE_STATES:
             tl.store(kept + wide[None, :], h, mask=wide_inside[None, :])
             kept += entry
-        for n in range(1 if ONE_STATE else own):
-            decay = tiles.decay(decay_step * A_n, PRECISE, NVIDIA)
-            B_n, C_n = tiles.unpaired(BC_n, SLOTS, STEPS, CHANNELS)
-            added = source * tiles.along(B_n, B, n, width, wide, wide_inside, B_PER_TOKEN, FULL)
-            _, after, h_end = tiles.states_of_tile(decay, added, h, STEPS, LOG_STEPS, COLUMNS)
-            if ONE_STATE:
-                h = h_end
-            else:
-                A_n, h, BC_n = A_next, h_next, BC_next
-                A_next, h_next, BC_next = tiles.load_state(
-                    A, kept, of_tile, tl.minimum(n + 2, own - 1), own, width, wide, wide_inside, SLOTS, STEPS, FULL
-                )
-                at = kept + n * width + wide[None, :]
-                tl.store(at + entry if WRITE_STATES else at, h_end, mask=wide_inside[None, :])
-            if WRITE_Y:
-                out += after * tiles.along(C_n, C, n, width, wide, wide_inside, C_PER_TOKEN, FULL)
+        for n0 in range(0, 1 if ONE_STATE else own, UNROLL):
+            if not ONE_STATE:
+                rates, hs, pairs = group
+                group = tiles.load_states(
+                    A, kept, of_tile, tl.minimum(n0 + UNROLL, own - UNROLL), own, width, wide, wide_inside,
+                    UNROLL, SLOTS, STEPS, FULL,
+                )  # fmt: skip
+            for i in tl.static_range(UNROLL):
+                n = n0 + i
+                if not ONE_STATE:
+                    A_n, h, BC_n = rates[i], hs[i], pairs[i]
+                decay = tiles.decay(decay_step * A_n, PRECISE, NVIDIA)
+                B_n, C_n = tiles.unpaired(BC_n, SLOTS, STEPS, CHANNELS)
+                added = source * tiles.along(B_n, B, n, width, wide, wide_inside, B_PER_TOKEN, FULL)
+                _, after, h = tiles.states_of_tile(decay, added, h, STEPS, LOG_STEPS, COLUMNS)
+                if not ONE_STATE:
+                    at = kept + n * width + wide[None, :]
+                    tl.store(at + entry if WRITE_STATES else at, h, mask=wide_inside[None, :])
+                if WRITE_Y:
+                    out += after * tiles.along(C_n, C, n, width, wide, wide_inside, C_PER_TOKEN, FULL)
         if not ONE_STATE and WRITE_STATES:
             kept += entry
         if WRITE_Y:
             out = tiles.over_slots(out, LOG_SLOTS, STEPS, CHANNELS)
             if HAS_SKIP:
                 out += skip * xs
-            _, visited = tiles.unpair(here, STEPS)
+            _, visited = tiles.unpair(place, STEPS)
             visited = visited.to(INDEX)
             if GATED:
                 gate = tiles.load_tokens(z, visited, z_token, lanes, inside, FULL).to(tl.float32)
@@ -261,13 +266,13 @@ def scan_adjoint_kernel(
     samples, sequences, chained, length, padded, chunk, width, N, rank, tables, unaligned,
     x_sample, x_token, x_direction, dt_sample, dt_token, dt_direction,
     dy_sample, dy_token, dy_direction, dx_sample, dx_token, dx_direction, ddt_sample, ddt_token, ddt_direction,
-    LOW_RANK: tl.constexpr, RANKS: tl.constexpr, HALF_DOT: tl.constexpr, SOFTPLUS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_GAP: tl.constexpr, HAS_SKIP: tl.constexpr, CHAIN: tl.constexpr,
+    LOW_RANK: tl.constexpr, TWO_A_WORD: tl.constexpr, RANKS: tl.constexpr, HALF_DOT: tl.constexpr,
+    SOFTPLUS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GAP: tl.constexpr, HAS_SKIP: tl.constexpr, CHAIN: tl.constexpr,
     SHARED_X: tl.constexpr, SHARED_DY: tl.constexpr, SAME_ROWS: tl.constexpr, B_PER_TOKEN: tl.constexpr,
-    C_PER_TOKEN: tl.constexpr, ONE_STATE: tl.constexpr, HAS_STATES: tl.constexpr, HAS_LATER: tl.constexpr,
-    ONLY_EARLIER: tl.constexpr, STEPS: tl.constexpr, LOG_STEPS: tl.constexpr, CHANNELS: tl.constexpr,
-    SLOTS: tl.constexpr, LOG_SLOTS: tl.constexpr, FULL: tl.constexpr, MASKED: tl.constexpr, PRECISE: tl.constexpr,
-    EXACT_DOT: tl.constexpr, SPLIT: tl.constexpr, NVIDIA: tl.constexpr, INDEX: tl.constexpr,
+    C_PER_TOKEN: tl.constexpr, ONE_STATE: tl.constexpr, UNROLL: tl.constexpr, HAS_STATES: tl.constexpr,
+    HAS_LATER: tl.constexpr, ONLY_EARLIER: tl.constexpr, STEPS: tl.constexpr, LOG_STEPS: tl.constexpr,
+    CHANNELS: tl.constexpr, SLOTS: tl.constexpr, LOG_SLOTS: tl.constexpr, FULL: tl.constexpr, MASKED: tl.constexpr,
+    PRECISE: tl.constexpr, EXACT_DOT: tl.constexpr, SPLIT: tl.constexpr, NVIDIA: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """Takes the steps of a chunk backwards, tile by tile, from the states before each tile that were saved.
 
@@ -317,6 +322,7 @@ def scan_adjoint_kernel(
     dD_sum = tl.zeros((1 if SLOTS == 1 else STEPS, CHANNELS), tl.float32)
     dbias_sum, didle_sum = dD_sum, dD_sum
     wide_zero = tl.zeros((1, COLUMNS), tl.float32)
+    SAVED: tl.constexpr = HAS_STATES and not ONLY_EARLIER
     q, dA_sum = wide_zero, wide_zero
     dweight_sum = tiles.zeros_of_weight(RANKS, CHANNELS, SLOTS)
     if ONE_STATE and HAS_LATER:
@@ -332,29 +338,47 @@ def scan_adjoint_kernel(
         if not C_PER_TOKEN and not ONLY_EARLIER:
             tl.store(C_sums + at, wide_zero, mask=wide_inside[None, :])
 
-    # Loads of places are issued a tile ahead of their use, those of a state one state ahead.
+    # While a tile is at work, the rows of the next one come into the cache, and places of the one after it are loaded;
+    # states are loaded one group ahead.
     of_ddts = offsets[:, None] * rank + ranks[None, :]
     in_ddts = tl.broadcast_to((ranks < rank)[None, :], (STEPS, RANKS))
     first = begin + (count - 1) * STEPS
     place = tiles.load_pair(places + 2 * first, STEPS)
+    next_place = tiles.load_pair(places + 2 * tl.maximum(first - STEPS, begin), STEPS)
+    if ONE_STATE:
+        A_n = tiles.load_row(A, wide, wide_inside, FULL)
+        next_BC = tiles.load_pairs(matrices + 2 * N * first, own, SLOTS, STEPS)
+        next_h = wide_zero
+        if SAVED:
+            next_h = tiles.load_row(saved, wide, wide_inside, FULL)
     for _tile in range(count):
         steps = first + offsets
         exists = steps < end
+        ahead = tl.maximum(first - STEPS, begin)
         row, visit = tiles.unpair(place, STEPS)
         row, visit = row.to(INDEX), visit.to(INDEX)
-        dts = tiles.load_dt(dt, row // chained if CHAIN else row, dt_token, ranks, rank, lanes, inside, LOW_RANK)
+        row_of_dt = row // chained if CHAIN else row
+        dts = tiles.load_dt(dt, row_of_dt, dt_token, rank, lanes, inside, LOW_RANK, TWO_A_WORD, RANKS)
+        dts = tiles.dts_of(dts, dt.dtype.element_ty)
         dy_at = dy + (visit // chained if CHAIN and SHARED_DY else visit)[:, None] * dy_token + lanes[None, :]
         dys = tiles.load_steps(dy_at, first, end, inside, STEPS, FULL)
         seen = visit // chained if CHAIN and SHARED_X else visit
         xs = tiles.load_tokens(x, seen, x_token, lanes, inside, FULL)
         of_tile = matrices + 2 * N * first
-        A_n, q_n, BC_n = tiles.load_state(A, kept, of_tile, 0, own, width, wide, wide_inside, SLOTS, STEPS, FULL)
-        q = q if ONE_STATE else q_n
-        h = wide_zero
-        if HAS_STATES and not ONLY_EARLIER:
-            h = tiles.load_row(saved, wide, wide_inside, FULL)
-        ahead = tl.maximum(first - STEPS, begin)
-        place = tiles.load_pair(places + 2 * ahead, STEPS)
+        if ONE_STATE:
+            BC_n, h = next_BC, next_h
+            next_BC = tiles.load_pairs(matrices + 2 * N * ahead, own, SLOTS, STEPS)
+            if SAVED:
+                next_h = tiles.load_row(saved - tl.where(first > begin, entry, 0), wide, wide_inside, FULL)
+        else:
+            group = tiles.load_states(A, kept, of_tile, 0, own, width, wide, wide_inside, UNROLL, SLOTS, STEPS, FULL)
+            befores = tiles.load_rows(saved, 0, width, wide, wide_inside, SAVED, UNROLL, FULL)
+            sums = tiles.load_rows(A_sums, 0, width, wide, wide_inside, not ONLY_EARLIER, UNROLL, FULL)
+        x_block, dy_block = x + block * CHANNELS, dy + block * CHANNELS
+        tiles.prefetch(dt, dt_token, x_block, x_token, next_place, chained, STEPS, CHAIN and not SHARED_X, NVIDIA)
+        tiles.prefetch(dt, dt_token, dy_block, dy_token, next_place, chained, STEPS, CHAIN and not SHARED_DY, NVIDIA)
+        place = next_place
+        next_place = tiles.load_pair(places + 2 * tl.maximum(first - 2 * STEPS, begin), STEPS)
         gap = tl.load(gaps + steps) if HAS_GAP else 0.0
         raw = tiles.raw_steps(dts, matrix * LOG2_E, offset, LOW_RANK, HALF_DOT, STEPS, CHANNELS)
         step, decay_step = tiles.steps_of_tile(
@@ -366,44 +390,47 @@ def scan_adjoint_kernel(
             source, dys_wide = tiles.widened(source, SLOTS, CHANNELS), tiles.widened(dys, SLOTS, CHANNELS)
             decays = tiles.widened(decay_step, SLOTS, CHANNELS)
         dsource, ddecay = tl.zeros_like(source), tl.zeros_like(source)
-        for n in range(1 if ONE_STATE else own):
-            A_now, q_now, h_now = A_n, q, h
-            B_n, C_n = tiles.unpaired(BC_n, SLOTS, STEPS, CHANNELS)
+        for n0 in range(0, 1 if ONE_STATE else own, UNROLL):
             if not ONE_STATE:
-                following = tl.minimum(n + 1, own - 1)
-                A_n, q, BC_n = tiles.load_state(
-                    A, kept, of_tile, following, own, width, wide, wide_inside, SLOTS, STEPS, FULL
+                rates, qs, pairs = group
+                hs, sums_now = befores, sums
+                n_ahead = tl.minimum(n0 + UNROLL, own - UNROLL)
+                group = tiles.load_states(
+                    A, kept, of_tile, n_ahead, own, width, wide, wide_inside, UNROLL, SLOTS, STEPS, FULL
                 )
-                if HAS_STATES and not ONLY_EARLIER:
-                    h = tiles.load_row(saved + following * width, wide, wide_inside, FULL)
-            decay = tiles.decay(decays * A_now, PRECISE, NVIDIA)
-            C_n = tiles.along(C_n, C, n, width, wide, wide_inside, C_PER_TOKEN, FULL)
-            g_tile, q_tile, q_end = tiles.gradients_of_tile(decay, C_n * dys_wide, q_now, STEPS, LOG_STEPS, COLUMNS)
-            if ONE_STATE:
-                q = q_end
-            else:
-                tl.store(kept + n * width + wide[None, :], q_end, mask=wide_inside[None, :])
-            if not ONLY_EARLIER:
-                B_n = tiles.along(B_n, B, n, width, wide, wide_inside, B_PER_TOKEN, FULL)
-                before, after, _ = tiles.states_of_tile(decay, source * B_n, h_now, STEPS, LOG_STEPS, COLUMNS)
-                dsource += B_n * g_tile
-                dexponent = q_tile * before
-                ddecay += A_now * dexponent
-                dA_n = tl.sum(dexponent * decays, 0, keep_dims=True) * LN_2
-                dB_n, dC_n = g_tile * source, after * dys_wide
-                if ONE_STATE:
-                    dA_sum += dA_n
-                else:
-                    tiles.add_row(A_sums + n * width, dA_n, wide, wide_inside, FULL)
-                if not B_PER_TOKEN:
-                    dB_sum = tl.sum(dB_n, 0, keep_dims=True) * LN_2
-                    tiles.add_row(B_sums + n * width, dB_sum, wide, wide_inside, FULL)
-                if not C_PER_TOKEN:
-                    dC_sum = tl.sum(dC_n, 0, keep_dims=True)
-                    tiles.add_row(C_sums + n * width, dC_sum, wide, wide_inside, FULL)
-                if B_PER_TOKEN or C_PER_TOKEN:
-                    of_state = dmatrices + 2 * N * first + n * 2 * STEPS
-                    tiles.store_sums(of_state, dB_n, dC_n, own, EXACT_DOT, SPLIT, STEPS, LOG_STEPS, CHANNELS, SLOTS)
+                befores = tiles.load_rows(saved, n_ahead, width, wide, wide_inside, SAVED, UNROLL, FULL)
+                sums = tiles.load_rows(A_sums, n_ahead, width, wide, wide_inside, not ONLY_EARLIER, UNROLL, FULL)
+            for i in tl.static_range(UNROLL):
+                n = n0 + i
+                if not ONE_STATE:
+                    A_n, q, BC_n, h = rates[i], qs[i], pairs[i], hs[i]
+                B_n, C_n = tiles.unpaired(BC_n, SLOTS, STEPS, CHANNELS)
+                decay = tiles.decay(decays * A_n, PRECISE, NVIDIA)
+                C_n = tiles.along(C_n, C, n, width, wide, wide_inside, C_PER_TOKEN, FULL)
+                g_tile, q_tile, q = tiles.gradients_of_tile(decay, C_n * dys_wide, q, STEPS, LOG_STEPS, COLUMNS)
+                if not ONE_STATE:
+                    tl.store(kept + n * width + wide[None, :], q, mask=wide_inside[None, :])
+                if not ONLY_EARLIER:
+                    B_n = tiles.along(B_n, B, n, width, wide, wide_inside, B_PER_TOKEN, FULL)
+                    before, after, _ = tiles.states_of_tile(decay, source * B_n, h, STEPS, LOG_STEPS, COLUMNS)
+                    dsource += B_n * g_tile
+                    dexponent = q_tile * before
+                    ddecay += A_n * dexponent
+                    dA_n = tl.sum(dexponent * decays, 0, keep_dims=True) * LN_2
+                    dB_n, dC_n = g_tile * source, after * dys_wide
+                    if ONE_STATE:
+                        dA_sum += dA_n
+                    else:
+                        tl.store(A_sums + n * width + wide[None, :], sums_now[i] + dA_n, mask=wide_inside[None, :])
+                    if not B_PER_TOKEN:
+                        dB_sum = tl.sum(dB_n, 0, keep_dims=True) * LN_2
+                        tiles.add_row(B_sums + n * width, dB_sum, wide, wide_inside, FULL)
+                    if not C_PER_TOKEN:
+                        dC_sum = tl.sum(dC_n, 0, keep_dims=True)
+                        tiles.add_row(C_sums + n * width, dC_sum, wide, wide_inside, FULL)
+                    if B_PER_TOKEN or C_PER_TOKEN:
+                        of_state = dmatrices + 2 * N * first + n * 2 * STEPS
+                        tiles.store_sums(of_state, dB_n, dC_n, own, EXACT_DOT, SPLIT, STEPS, LOG_STEPS, CHANNELS, SLOTS)
         saved -= entry
         if not ONLY_EARLIER:
             if SLOTS > 1:
@@ -458,43 +485,51 @@ def unpack_kernel(
     blocks, walks, sequences, length, padded, rank, N, tables,
     ddt_sample, ddt_token, ddt_direction, dB_sample, dB_token, dB_direction, dC_sample, dC_token, dC_direction,
     LOW_RANK: tl.constexpr, B_PER_TOKEN: tl.constexpr, C_PER_TOKEN: tl.constexpr,
-    BLOCK: tl.constexpr, STEPS: tl.constexpr, COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr, STEPS: tl.constexpr, RANKS: tl.constexpr, STATES: tl.constexpr,
 ):  # fmt: skip
-    """Sums gradients of what belongs to steps over blocks of channels, and writes them to the rows of tokens.
-
-    The columns of a step are those of dt, B and C, one after the other.
-    """
+    """Sums gradients of what belongs to steps over blocks of channels, and writes them to the rows of tokens."""
     walk = tl.program_id(0).to(tl.int64)
     sample, sequence = walk // sequences, walk % sequences
-    s, c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, COLUMNS)
-    of_C = c >= rank + N
-    state = tl.where(of_C, c - rank - N, c - rank)
-    in_matrices = s[:, None] // STEPS * STEPS * 2 * N + s[:, None] % STEPS + (2 * state + of_C)[None, :] * STEPS
-    at = tl.where((c < rank)[None, :], s[:, None] * rank + c[None, :], rank * padded + in_matrices)
-    wanted = c < rank + 2 * N
-    if not LOW_RANK:
-        wanted &= c >= rank
-    if not B_PER_TOKEN:
-        wanted &= (c < rank) | of_C
-    if not C_PER_TOKEN:
-        wanted &= c < rank + N
-    inside = (s < length)[:, None] & wanted[None, :]
-    dsteps += walk * (rank + 2 * N) * padded
-    total = tl.zeros((BLOCK, COLUMNS), tl.float32)
-    for _ in range(blocks):
-        total += tl.load(dsteps + at, mask=inside, other=0.0)
-        dsteps += (walks + tl.zeros((), tl.int64)) * (rank + 2 * N) * padded
+    s = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    exists = (s < length)[:, None]
     row = tl.load(places + 2 * (walk % tables * padded + s - s % STEPS) + s % STEPS, mask=s < length, other=0)
     row = row.to(tl.int64)[:, None]
+    dsteps += walk * (rank + 2 * N) * padded
+    of_block = (walks + tl.zeros((), tl.int64)) * (rank + 2 * N) * padded
+    n = tl.arange(0, STATES)[None, :]
     if LOW_RANK:
-        to = ddt + sample * ddt_sample + sequence * ddt_direction + row * ddt_token + c[None, :]
-        tl.store(to, total.to(ddt.dtype.element_ty), mask=inside & (c < rank)[None, :])
+        c = tl.arange(0, RANKS)[None, :]
+        inside = exists & (c < rank)
+        total = tl.zeros((BLOCK, RANKS), tl.float32)
+        for block in range(blocks):
+            total += tl.load(dsteps + block * of_block + s[:, None] * rank + c, mask=inside, other=0.0)
+        to = ddt + sample * ddt_sample + sequence * ddt_direction + row * ddt_token + c
+        tl.store(to, total.to(ddt.dtype.element_ty), mask=inside)
+    dmatrices = dsteps + rank * padded + tl.program_id(1) * BLOCK * 2 * N
     if B_PER_TOKEN:
-        to = dB + sample * dB_sample + sequence * dB_direction + row * dB_token + state[None, :]
-        tl.store(to, total.to(dB.dtype.element_ty), mask=inside & ((c >= rank) & (c < rank + N))[None, :])
+        total = _sum_of_matrix(dmatrices, blocks, of_block, padded, N, BLOCK, STEPS, STATES)
+        to = dB + sample * dB_sample + sequence * dB_direction + row * dB_token + n
+        tl.store(to, total.to(dB.dtype.element_ty), mask=exists & (n < N))
     if C_PER_TOKEN:
-        to = dC + sample * dC_sample + sequence * dC_direction + row * dC_token + state[None, :]
-        tl.store(to, total.to(dC.dtype.element_ty), mask=inside & of_C[None, :])
+        total = _sum_of_matrix(dmatrices + STEPS, blocks, of_block, padded, N, BLOCK, STEPS, STATES)
+        to = dC + sample * dC_sample + sequence * dC_direction + row * dC_token + n
+        tl.store(to, total.to(dC.dtype.element_ty), mask=exists & (n < N))
+
+
+@triton.jit
+def _sum_of_matrix(
+    dmatrices, blocks, of_block, padded, N, BLOCK: tl.constexpr, STEPS: tl.constexpr, STATES: tl.constexpr
+):
+    """The gradient of B or C, (BLOCK, STATES), summed over blocks of channels as it lies there, state by state."""
+    TILES: tl.constexpr = BLOCK // STEPS
+    tile = tl.arange(0, TILES)[:, None, None]
+    n, step = tl.arange(0, STATES)[None, :, None], tl.arange(0, STEPS)[None, None, :]
+    inside = (tl.program_id(1) * BLOCK + tile * STEPS < padded) & (n < N)
+    total = tl.zeros((TILES, STATES, STEPS), tl.float32)
+    for block in range(blocks):
+        at = dmatrices + block * of_block + (tile * N + n) * 2 * STEPS + step
+        total += tl.load(at, mask=inside, other=0.0)
+    return tl.reshape(tl.permute(total, (0, 2, 1)), (BLOCK, STATES))
 
 
 @triton.jit

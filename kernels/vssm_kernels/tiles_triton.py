@@ -262,25 +262,76 @@ def unpaired(pairs, SLOTS: tl.constexpr, STEPS: tl.constexpr, CHANNELS: tl.const
 
 
 @triton.jit
-def load_state(
-    A, states, matrices, n, own, width, lanes, inside, SLOTS: tl.constexpr, STEPS: tl.constexpr, FULL: tl.constexpr
-):
-    """What a tile reads of state n: its rate, the state itself, and B and C as a pair."""
-    return (
-        load_row(A + n * width, lanes, inside, FULL),
-        load_row(states + n * width, lanes, inside, FULL),
-        load_pairs(matrices + n * 2 * STEPS, own, SLOTS, STEPS),
-    )
+def load_rows(base, n, width, lanes, inside, EXISTS: tl.constexpr, UNROLL: tl.constexpr, FULL: tl.constexpr):
+    """Rows of ``UNROLL`` states from n on, (1, COLUMNS) each; 0 unless they exist."""
+    rows = ()
+    for i in tl.static_range(UNROLL):
+        if EXISTS:
+            rows = rows + (load_row(base + (n + i) * width, lanes, inside, FULL),)
+        else:
+            rows = rows + (tl.zeros(lanes.shape, tl.float32)[None, :],)
+    return rows
 
 
 @triton.jit
-def load_dt(dt, rows, token_stride, ranks, rank, lanes, inside, LOW_RANK: tl.constexpr):
-    """The rows of dt that a tile reads, (STEPS, RANKS) or, of a full step, (STEPS, CHANNELS)."""
-    if LOW_RANK:
+def load_states(
+    A, states, matrices, n, own, width, lanes, inside,
+    UNROLL: tl.constexpr, SLOTS: tl.constexpr, STEPS: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """What a tile reads of ``UNROLL`` states from n on: their rates, they themselves, and B and C as pairs."""
+    pairs = ()
+    for i in tl.static_range(UNROLL):
+        pairs = pairs + (load_pairs(matrices + (n + i) * 2 * STEPS, own, SLOTS, STEPS),)
+    rates = load_rows(A, n, width, lanes, inside, True, UNROLL, FULL)
+    return rates, load_rows(states, n, width, lanes, inside, True, UNROLL, FULL), pairs
+
+
+@triton.jit
+def load_dt(
+    dt, rows, token_stride, rank, lanes, inside, LOW_RANK: tl.constexpr, TWO_A_WORD: tl.constexpr, RANKS: tl.constexpr
+):
+    """The rows of dt that a tile reads, for :func:`dts_of`: (STEPS, RANKS) or, of a full step, (STEPS, CHANNELS).
+
+    ``TWO_A_WORD``: (STEPS, RANKS / 2) words of two neighbours.
+    """
+    if LOW_RANK and TWO_A_WORD:
+        words = tl.arange(0, RANKS // 2)
+        at = dt.to(tl.pointer_type(tl.uint32)) + rows[:, None] * (token_stride // 2) + words[None, :]
+        dts = tl.load(at, mask=(words < rank // 2)[None, :], other=0)
+    elif LOW_RANK:
+        ranks = tl.arange(0, RANKS)
         dts = tl.load(dt + rows[:, None] * token_stride + ranks[None, :], mask=(ranks < rank)[None, :], other=0.0)
     else:
         dts = tl.load(dt + rows[:, None] * token_stride + lanes[None, :], mask=inside[None, :], other=0.0)
     return dts
+
+
+@triton.jit
+def dts_of(loaded, dtype: tl.constexpr):
+    """The rows of dt in their own ``dtype``."""
+    if loaded.dtype == tl.uint32:
+        both = tl.join(loaded.to(tl.uint16), (loaded >> 16).to(tl.uint16))
+        loaded = tl.reshape(both, (loaded.shape[0], 2 * loaded.shape[1])).to(dtype, bitcast=True)
+    return loaded
+
+
+@triton.jit
+def prefetch(
+    dt, dt_token, x, x_token, place, chained, STEPS: tl.constexpr, OF_VISITS: tl.constexpr, NVIDIA: tl.constexpr
+):
+    """Has the rows of dt and x that a later tile will load brought into the L2 cache, a row a lane.
+
+    ``OF_VISITS``: a sequence that is one of several chained ones has its rows of x apart from theirs.
+    """
+    if NVIDIA:
+        row = (place // chained).to(tl.int64)
+        visit = place.to(tl.int64) if OF_VISITS else row
+        of_x = x.to(tl.int64) + visit * x_token * (x.dtype.element_ty.primitive_bitwidth // 8)
+        of_dt = dt.to(tl.int64) + row * dt_token * (dt.dtype.element_ty.primitive_bitwidth // 8)
+        at = tl.where(tl.arange(0, 2 * STEPS) < STEPS, of_dt, of_x)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], tl.uint32, is_pure=False, pack=1
+        )
 
 
 @triton.jit

@@ -11,10 +11,23 @@ from vssm_kernels import available_backends, use_backend
 @pytest.fixture(params=[name for name in ("torch", "triton") if name in available_backends()])
 def backend_beside_scan(request, device):
     """The implementations of the ops beside the scan, each in turn."""
-    if request.param == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("on the CPU, Triton needs its interpreter")
+    if request.param == "triton":
+        _needs_interpreter(device)
     with use_backend(request.param):
         yield request.param
+
+
+@pytest.fixture
+def triton_device(device):
+    """Every device on which the Triton kernels run here, with them as the backend."""
+    _needs_interpreter(device)
+    with use_backend("triton"):
+        yield device
+
+
+def _needs_interpreter(device: torch.device) -> None:
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("on the CPU, Triton needs its interpreter")
 
 
 @pytest.fixture

@@ -14,17 +14,18 @@ from vssm_kernels import scan_triton
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile")
 
-VIM = {"RANKS": 16, "ONE_STATE": False}
-VMAMBA = {"RANKS": 16, "ONE_STATE": True}
+VIM = {"RANKS": 16, "ONE_STATE": False, "UNROLL": 2}
+VMAMBA = {"RANKS": 16, "ONE_STATE": True, "UNROLL": 1}
 FOUR_WARPS = {"SLOTS": 4, "LOG_SLOTS": 2}
-A_STATE_A_WARP = {"SLOTS": 16, "LOG_SLOTS": 4, "ONE_STATE": True}
+A_STATE_A_WARP = {"SLOTS": 16, "LOG_SLOTS": 4, "ONE_STATE": True, "UNROLL": 1}
 EVERYTHING = {"B_PER_TOKEN": False, "C_PER_TOKEN": False, "HAS_GAP": True, "CHAIN": True, "FULL": False, "MASKED": True}
 USUAL = {
-    "LOW_RANK": True, "HALF_DOT": True, "SOFTPLUS": True, "HAS_BIAS": True, "HAS_GAP": False, "HAS_SKIP": True,
-    "CHAIN": False, "SHARED_X": True, "B_PER_TOKEN": True, "C_PER_TOKEN": True, "STEPS": 16, "LOG_STEPS": 4,
-    "CHANNELS": 32, "SLOTS": 1, "LOG_SLOTS": 0, "FULL": True, "MASKED": False, "PRECISE": False, "INDEX": tl.int32,
+    "LOW_RANK": True, "TWO_A_WORD": True, "HALF_DOT": True, "SOFTPLUS": True, "HAS_BIAS": True, "HAS_GAP": False,
+    "HAS_SKIP": True, "CHAIN": False, "SHARED_X": True, "B_PER_TOKEN": True, "C_PER_TOKEN": True, "STEPS": 16,
+    "LOG_STEPS": 4, "CHANNELS": 32, "SLOTS": 1, "LOG_SLOTS": 0, "FULL": True, "MASKED": False, "PRECISE": False,
+    "INDEX": tl.int32,
 }  # fmt: skip
-PLAIN_FLOAT32 = {"HALF_DOT": False, "PRECISE": True, "EXACT_DOT": True}
+PLAIN_FLOAT32 = {"TWO_A_WORD": False, "HALF_DOT": False, "PRECISE": True, "EXACT_DOT": True}
 INTEGERS = ("places", "order", "gap")
 HALF = ("x", "dt", "z", "y", "dy", "dx", "parts", "out", "dz")
 
@@ -105,14 +106,19 @@ def test_passes_over_chunks(model):
 
 @pytest.mark.parametrize(
     ("model", "registers"),
-    [([VIM], 168), ([VMAMBA], 128), ([VIM, FOUR_WARPS], 128), ([VIM, A_STATE_A_WARP], 128)],
+    [([VIM], 168), ([VMAMBA], 128), ([VIM, FOUR_WARPS], 168), ([VIM, A_STATE_A_WARP], 128)],
     ids=["vim", "vmamba", "four warps", "a state a warp"],
 )
 def test_a_thread_holds_the_steps_of_its_channels(model, registers, tmp_path):
-    """So the recurrence needs no shuffles, and its registers suffice: nothing is spilt to memory."""
-    compiled = _forward(H100, "bf16", *model, {"GATED": False, "HAS_START": False}, maxnreg=registers)
-    assert "shfl" not in compiled.asm["ptx"]
+    """So the recurrence needs no shuffles, and its registers suffice: nothing is spilt to memory.
+
+    Only rows of dt that are read two neighbours at once are shuffled apart.
+    """
+    modes = {"GATED": False, "HAS_START": False}
+    compiled = _forward(H100, "bf16", *model, modes, maxnreg=registers)
     assert stack_bytes(compiled, tmp_path) == 0
+    compiled = _forward(H100, "bf16", *model, modes, {"TWO_A_WORD": False}, maxnreg=registers)
+    assert "shfl" not in compiled.asm["ptx"]
 
 
 def test_small_kernels():
@@ -123,7 +129,7 @@ def test_small_kernels():
     }  # fmt: skip
     carry = {"HAS_FIRST": True, "REVERSE": True, "CHANNELS": 32, "PRECISE": True, "NVIDIA": True}
     unpack = {
-        "LOW_RANK": True, "B_PER_TOKEN": True, "C_PER_TOKEN": True, "BLOCK": 64, "STEPS": 16, "COLUMNS": 8,
+        "LOW_RANK": True, "B_PER_TOKEN": True, "C_PER_TOKEN": True, "BLOCK": 64, "STEPS": 16, "RANKS": 8, "STATES": 16,
     }  # fmt: skip
     for kernel, constants, also_numbers in (
         (scan_triton.merge_kernel, elementwise, ("rows",)),

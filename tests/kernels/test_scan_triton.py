@@ -38,13 +38,37 @@ def _arguments(states: int, dtype: torch.dtype, device: torch.device | str) -> d
     [(1, 1, 16, 16), (4, 1, 32, 64), (4, 2, 16, 16), (4, 4, 16, 32), (6, 4, 16, 16), (16, 16, 16, 16)],
 )
 @pytest.mark.parametrize("chunks", [1, 2])
-def test_tiles_slots_and_chunks(device, states, slots, steps, channels, chunks):
+def test_tiles_slots_and_chunks(triton_device, states, slots, steps, channels, chunks):
     config = LaunchConfig(steps=steps, channels=channels, slots=slots, chunks=chunks, registers=255)
     expected = outputs_and_gradients(directional_scan_ref, _arguments(states, torch.float64, "cpu"))
-    with use_backend("triton"), forced(config):
-        results = outputs_and_gradients(directional_scan, _arguments(states, torch.float32, device))
+    with forced(config):
+        results = outputs_and_gradients(directional_scan, _arguments(states, torch.float32, triton_device))
     for name, reference in expected.items():
         assert relative_error(results[name], reference) < TOLERANCE[torch.float32], name
+
+
+def test_half_precision_reads_two_ranks_at_once_where_it_can(triton_device):
+    arguments = _arguments(4, torch.float16, triton_device)
+    arguments["A"] = arguments["A"].float()
+    even = {name: arguments[name].detach()[..., :2].contiguous() for name in ("dt", "dt_weight")}
+    odd = {name: arguments[name].detach()[..., [0, 1, 1]].contiguous() for name in ("dt", "dt_weight")}
+    odd["dt_weight"][..., 2] = 0
+    rest = {name: value for name, value in arguments.items() if name not in even}
+    with torch.no_grad():
+        expected = directional_scan_ref(**rest, **even)
+        for pair in (even, odd):
+            results = directional_scan(**rest, **pair)
+            assert all(
+                relative_error(one, other) < TOLERANCE[torch.float16]
+                for one, other in zip(results, expected, strict=True)
+            )
+
+
+def test_gradients_are_laid_out_as_the_compiler_is_told(triton_device):
+    arguments = _arguments(4, torch.float32, triton_device) | {"return_last_state": False}
+    leaves = [value for value in arguments.values() if isinstance(value, torch.Tensor) and value.requires_grad]
+    gradients = torch.autograd.grad(directional_scan(**arguments).sum(), leaves)
+    assert all(gradient.is_contiguous() for gradient in gradients)
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="on the CPU there are no CUDA graphs")

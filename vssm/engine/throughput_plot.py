@@ -54,6 +54,6 @@ def _plot_lines(path: str | os.PathLike, records: Sequence[dict]) -> None:
 
 def _title(records: Sequence[dict]) -> str:
     first = records[0]
-    mode = "compiled" if first["compile"] else "eager"
+    mode = f"compiled ({first['compile']})" if first["compile"] else "eager"
     threads = f", {first['cpu_threads']} threads" if first["device"] == "cpu" else ""
     return f"{first['amp_dtype'] or 'float32'}, {mode}, {first['device_name']}{threads}"
