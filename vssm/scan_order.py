@@ -5,41 +5,15 @@ order (row by row). A new way to walk an image is one function of the grid of to
 """
 
 import difflib
-import functools
 import os
 import re
-from collections.abc import Callable, Hashable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_Table = TypeVar("_Table")
-
-
-def cached(build: Callable[..., _Table]) -> Callable[..., _Table]:
-    """Decorates a function of sizes and a ``device`` that makes tables: it runs once for each of its arguments.
-
-    The tables are shared: do not write into them. In a compiled graph, whose sizes may be symbols, and among fake
-    tensors nothing is kept.
-    """
-
-    @functools.lru_cache(maxsize=128)
-    def build_once(*arguments: Hashable, device: torch.device) -> _Table:
-        with torch.inference_mode(False):  # a table made in inference mode could not be saved for backward later
-            return build(*arguments, device=device)
-
-    @functools.wraps(build)
-    def tables(*arguments: Hashable, device: torch.device | str | None = None) -> _Table:
-        if torch.compiler.is_compiling():  # sizes may be symbols, which a cache cannot hash
-            return build(*arguments, device=device)
-        probe = torch.empty(0, device=device)
-        if type(probe) is not Tensor:  # a fake tensor must not stay in the cache, nor a real one come out of it
-            return build(*arguments, device=device)
-        return build_once(*arguments, device=probe.device)
-
-    return tables
+from vssm_kernels.tables import cached
 
 
 def _row(grid: Tensor) -> Tensor:

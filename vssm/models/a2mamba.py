@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from vssm.layers.conv import TokenConv
 from vssm.layers.init import init_linear_layers
-from vssm.layers.neighborhood import Neighborhood
+from vssm.layers.neighborhood import attend_to_neighborhood
 from vssm.layers.ssm import SelectiveSSM
 from vssm.models import _official_keys
 from vssm.models._base import GridBackbone, make_stages
@@ -49,18 +49,15 @@ def rotary_table(height: int, width: int, dim: int, *, device: torch.device) -> 
 
 
 class _Windows(NamedTuple):
-    """What the two halves of the heads attend to, and how much."""
+    """How the two halves of the heads average values, (b, l, heads/2, e), over the windows they attend to."""
 
-    near: Neighborhood
-    far: Neighborhood
-    near_weights: Tensor
-    far_weights: Tensor
+    near: Callable[[Tensor], Tensor]
+    far: Callable[[Tensor], Tensor]
 
     def aggregate(self, values: Tensor) -> Tensor:
-        """Sums (b, l, heads, e) over each token's neighbours."""
+        """Averages (b, l, heads, e) over each token's neighbours."""
         near, far = values.chunk(2, dim=2)
-        near, far = self.near.aggregate(self.near_weights, near), self.far.aggregate(self.far_weights, far)
-        return torch.cat([near, far], dim=2)
+        return torch.cat([self.near(near), self.far(far)], dim=2)
 
 
 class StateAggregationSSM(SelectiveSSM):
@@ -174,17 +171,15 @@ class AttentionMixer(nn.Module):
             size: Rows and columns (h, w) of the grid.
 
         Returns:
-            (b, l, heads, e), and the windows with the weights of their tokens.
+            (b, l, heads, e), and what averages other values by the same weights.
         """
         spread = min(size[0] // self.window, self.window), min(size[1] // self.window, self.window)
-        near = Neighborhood(size, window=self.window, device=q.device)
-        far = Neighborhood(size, window=self.window, dilation=spread, device=q.device)
         (near_q, far_q), (near_k, far_k), (near_v, far_v) = (each.chunk(2, dim=2) for each in (q, k, v))
-        near_weights = near.attend(near_q, near_k, self.rel_pos_bias)
-        far_weights = far.attend(far_q, far_k, self.rel_pos_bias)
-        near_y = near.aggregate(near_weights, near_v)
-        far_y = far.aggregate(far_weights, far_v + near_y)
-        return torch.cat([near_y, far_y], dim=2), _Windows(near, far, near_weights, far_weights)
+        bias, window = self.rel_pos_bias, self.window
+        near = attend_to_neighborhood(near_q, near_k, bias, size=size, window=window)
+        far = attend_to_neighborhood(far_q, far_k, bias, size=size, window=window, dilation=spread)
+        near_y = near(near_v)
+        return torch.cat([near_y, far(far_v + near_y)], dim=2), _Windows(near, far)
 
     def refine(self, y: Tensor, q: Tensor, k: Tensor, *, windows: _Windows, size: tuple[int, int]) -> Tensor:
         """Mixes further what attention to the windows gave, (b, l, heads, e); returns tokens (b, l, c)."""

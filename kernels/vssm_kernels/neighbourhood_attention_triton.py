@@ -1,0 +1,537 @@
+"""Neighbourhood attention as Triton kernels, and their launches.
+
+With dilation, cells of one remainder along either axis form a grid of their own, and windows are connected in it. A
+program owns a tile of such a grid, of one head of one sample: of queries, whose keys it walks over block by block, or
+of keys, whose queries it walks over. Both are a rectangle of the grid, and what in it is no pair is masked. Ranks are
+places in such a grid, tokens places in the map.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vssm_kernels.tables import cached
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """Sizes of a launch."""
+
+    sides: tuple[int, ...] = (8, 4)  # of a tile, the first that costs least along its axis; 16 tokens at least
+    block: int = 32  # tokens of a step of the walk
+    queries_per_warp: int = 16  # the rows of one instruction of the tensor cores
+    stages: int = 1  # steps whose loads are in flight
+
+
+CONFIG = LaunchConfig()
+# Programs from which on samples are summed inside a program rather than kept apart: some for each multiprocessor.
+BUSY = 2048
+
+# Of which kernels learn nothing: they are compiled once for all maps.
+SIZES = ("heads", "height", "width", "dilation_y", "dilation_x", "tiles_y", "tiles_x", "samples", "blocks", "chunk")
+
+
+@triton.jit
+def _members(cells, dilation, remainder):
+    """How many cells of an axis have this remainder."""
+    return (cells - remainder + dilation - 1) // dilation
+
+
+@triton.jit
+def _start(rank, members, WINDOW: tl.constexpr):
+    """The first neighbour of a query along an axis."""
+    return tl.minimum(tl.maximum(rank - WINDOW // 2, 0), members - WINDOW)
+
+
+@triton.jit
+def _first_query(rank, WINDOW: tl.constexpr):
+    """The first query that sees a key along an axis; windows that are shifted at the border begin with key 0."""
+    return tl.where(rank < WINDOW, 0, rank - WINDOW // 2)
+
+
+@triton.jit
+def _last_query(rank, members, WINDOW: tl.constexpr):
+    return tl.where(rank >= members - WINDOW, members - 1, rank + WINDOW // 2)
+
+
+@triton.jit
+def _place(program, heads, height, width, dilation_y, dilation_x, tiles_y, tiles_x):
+    """Sample, head, remainders and tile of a program; offsets of samples may not fit 32 bits."""
+    tile_x, program = program % tiles_x, program // tiles_x
+    tile_y, program = program % tiles_y, program // tiles_y
+    remainder_x, program = program % dilation_x, program // dilation_x
+    remainder_y, program = program % dilation_y, program // dilation_y
+    members_y = _members(height, dilation_y, remainder_y)
+    members_x = _members(width, dilation_x, remainder_x)
+    return (
+        (program // heads).to(tl.int64),
+        program % heads,
+        remainder_y,
+        remainder_x,
+        members_y,
+        members_x,
+        tile_y,
+        tile_x,
+    )
+
+
+@triton.jit
+def _tile(tile_y, tile_x, members_y, members_x, SIDE_Y: tl.constexpr, SIDE_X: tl.constexpr):
+    """Ranks of a tile by rows and columns, and which exist; others repeat the last."""
+    index = tl.arange(0, SIDE_Y * SIDE_X)
+    y = tile_y * SIDE_Y + index // SIDE_X
+    x = tile_x * SIDE_X + index % SIDE_X
+    exists = (y < members_y) & (x < members_x)
+    return tl.minimum(y, members_y - 1), tl.minimum(x, members_x - 1), exists
+
+
+@triton.jit
+def _ends(tile, members, SIDE: tl.constexpr):
+    """The first and the last rank of a tile along an axis."""
+    return tl.minimum(tile * SIDE, members - 1), tl.minimum(tile * SIDE + SIDE, members) - 1
+
+
+@triton.jit
+def _keys_of_tile(tile, members, SIDE: tl.constexpr, WINDOW: tl.constexpr):
+    """The first key that a tile of queries sees along an axis, and how many it sees."""
+    first, last = _ends(tile, members, SIDE)
+    start = _start(first, members, WINDOW)
+    return start, _start(last, members, WINDOW) + WINDOW - start
+
+
+@triton.jit
+def _queries_of_tile(tile, members, SIDE: tl.constexpr, WINDOW: tl.constexpr):
+    """The first query that sees a key of a tile along an axis, and how many do."""
+    first, last = _ends(tile, members, SIDE)
+    start = _first_query(first, WINDOW)
+    return start, _last_query(last, members, WINDOW) + 1 - start
+
+
+@triton.jit
+def _step(step, first_y, first_x, span_y, span_x, BLOCK: tl.constexpr):
+    """Ranks of a block of a rectangle, and which exist; others are the first of the rectangle."""
+    index = step * BLOCK + tl.arange(0, BLOCK)
+    exists = index < span_y * span_x
+    index = tl.where(exists, index, 0)
+    return first_y + index // span_x, first_x + index % span_x, exists
+
+
+@triton.jit
+def _tokens(y, x, remainder_y, remainder_x, dilation_y, dilation_x, width):
+    return ((y * dilation_y + remainder_y) * width + x * dilation_x + remainder_x).to(tl.int64)
+
+
+@triton.jit
+def _rows_of(tensor, sample, head, sample_stride, head_stride, ALIGNED: tl.constexpr):
+    """The rows of one head of one sample."""
+    return tensor + tl.multiple_of(sample * sample_stride + head.to(tl.int64) * head_stride, ALIGNED)
+
+
+@triton.jit
+def _load(rows, tokens, exists, stride, DIM: tl.constexpr, PADDED: tl.constexpr, ALIGNED: tl.constexpr):
+    """Rows of channels of some tokens, (tokens, channels), zero where there are none."""
+    channels = tl.arange(0, PADDED)
+    at = rows + tl.multiple_of(tokens * stride, ALIGNED)[:, None] + channels[None, :]
+    return tl.load(at, mask=exists[:, None] & (channels < DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def _store(rows, tokens, exists, stride, values, DIM: tl.constexpr, PADDED: tl.constexpr):
+    channels = tl.arange(0, PADDED)
+    at = rows + (tokens * stride)[:, None] + channels[None, :]
+    tl.store(at, values.to(rows.dtype.element_ty), mask=exists[:, None] & (channels < DIM)[None, :])
+
+
+@triton.jit
+def _product(a, b, WIDE: tl.constexpr):
+    """a·b in float32, of rounded numbers where one of them is rounded; ``WIDE`` where products of such are missing."""
+    if WIDE:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    if a.dtype != b.dtype:
+        a = a.to(b.dtype)
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def _biases(bias, query_y, query_x, key_y, key_x, start_y, start_x, exists, WINDOW: tl.constexpr):
+    """Biases of pairs, whose coordinates broadcast, −∞ where the query does not see the key."""
+    SIDE: tl.constexpr = 2 * WINDOW - 1
+    row, column = key_y - start_y, key_x - start_x
+    seen = exists & (row >= 0) & (row < WINDOW) & (column >= 0) & (column < WINDOW)
+    at = (key_y * SIDE + key_x) - (query_y * SIDE + query_x) + (WINDOW - 1) * (SIDE + 1)
+    return tl.load(bias + at, mask=seen, other=-float("inf")).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def attention_forward_kernel(
+    q, k, v, bias, y, lse, heads, height, width, dilation_y, dilation_x, tiles_y, tiles_x,
+    q_sample, q_token, q_head, k_sample, k_token, k_head, v_sample, v_token, v_head,
+    DIM: tl.constexpr, PADDED: tl.constexpr, VALUES: tl.constexpr, PADDED_VALUES: tl.constexpr,
+    WINDOW: tl.constexpr, SIDE_Y: tl.constexpr, SIDE_X: tl.constexpr, BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Writes y (b, l, heads, f) and lse (b, heads, l), the logarithms of sums of exponentials, of a tile."""
+    sample, head, remainder_y, remainder_x, members_y, members_x, tile_y, tile_x = _place(
+        tl.program_id(0), heads, height, width, dilation_y, dilation_x, tiles_y, tiles_x
+    )
+    length = height.to(tl.int64) * width
+    query_y, query_x, is_query = _tile(tile_y, tile_x, members_y, members_x, SIDE_Y, SIDE_X)
+    start_y, start_x = _start(query_y, members_y, WINDOW), _start(query_x, members_x, WINDOW)
+    tokens = _tokens(query_y, query_x, remainder_y, remainder_x, dilation_y, dilation_x, width)
+    q_tile = _load(
+        _rows_of(q, sample, head, q_sample, q_head, ALIGNED), tokens, is_query, q_token, DIM, PADDED, ALIGNED
+    )
+    k_rows = _rows_of(k, sample, head, k_sample, k_head, ALIGNED)
+    v_rows = _rows_of(v, sample, head, v_sample, v_head, ALIGNED)
+    bias += head * (2 * WINDOW - 1) * (2 * WINDOW - 1)
+
+    highest = tl.full((SIDE_Y * SIDE_X,), -1e30, tl.float32)  # not −∞, whose difference to itself is no number
+    total = tl.zeros((SIDE_Y * SIDE_X,), tl.float32)
+    sums = tl.zeros((SIDE_Y * SIDE_X, PADDED_VALUES), tl.float32)
+    first_y, span_y = _keys_of_tile(tile_y, members_y, SIDE_Y, WINDOW)
+    first_x, span_x = _keys_of_tile(tile_x, members_x, SIDE_X, WINDOW)
+    for step in range(tl.cdiv(span_y * span_x, BLOCK)):
+        key_y, key_x, is_key = _step(step, first_y, first_x, span_y, span_x, BLOCK)
+        keys = _tokens(key_y, key_x, remainder_y, remainder_x, dilation_y, dilation_x, width)
+        k_block = _load(k_rows, keys, is_key, k_token, DIM, PADDED, ALIGNED)
+        v_block = _load(v_rows, keys, is_key, v_token, VALUES, PADDED_VALUES, ALIGNED)
+        scores = _product(q_tile, tl.trans(k_block), WIDE) + _biases(
+            bias, query_y[:, None], query_x[:, None], key_y[None, :], key_x[None, :], start_y[:, None],
+            start_x[:, None], is_key[None, :], WINDOW,
+        )  # fmt: skip
+        higher = tl.maximum(highest, tl.max(scores, 1))
+        weights = tl.exp2((scores - higher[:, None]) * LOG2_E)
+        shrink = tl.exp2((highest - higher) * LOG2_E)
+        total = total * shrink + tl.sum(weights, 1)
+        sums = sums * shrink[:, None] + _product(weights, v_block, WIDE)
+        highest = higher
+
+    y_rows = y + (sample * length * heads + head) * VALUES
+    _store(y_rows, tokens, is_query, heads * VALUES, sums / total[:, None], VALUES, PADDED_VALUES)
+    tl.store(lse + (sample * heads + head) * length + tokens, highest + tl.log2(total) / LOG2_E, mask=is_query)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def attention_queries_kernel(
+    q, k, v, bias, y, lse, dy, dq, dots, heads, height, width, dilation_y, dilation_x, tiles_y, tiles_x,
+    q_sample, q_token, q_head, k_sample, k_token, k_head, v_sample, v_token, v_head, dy_sample, dy_token, dy_head,
+    DIM: tl.constexpr, PADDED: tl.constexpr, VALUES: tl.constexpr, PADDED_VALUES: tl.constexpr,
+    WINDOW: tl.constexpr, SIDE_Y: tl.constexpr, SIDE_X: tl.constexpr, BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Writes dq (b, l, heads, e), and dots (b, heads, l), Σ dy·y before y was rounded, of a tile."""
+    sample, head, remainder_y, remainder_x, members_y, members_x, tile_y, tile_x = _place(
+        tl.program_id(0), heads, height, width, dilation_y, dilation_x, tiles_y, tiles_x
+    )
+    length = height.to(tl.int64) * width
+    query_y, query_x, is_query = _tile(tile_y, tile_x, members_y, members_x, SIDE_Y, SIDE_X)
+    start_y, start_x = _start(query_y, members_y, WINDOW), _start(query_x, members_x, WINDOW)
+    tokens = _tokens(query_y, query_x, remainder_y, remainder_x, dilation_y, dilation_x, width)
+    q_tile = _load(
+        _rows_of(q, sample, head, q_sample, q_head, ALIGNED), tokens, is_query, q_token, DIM, PADDED, ALIGNED
+    )
+    k_rows = _rows_of(k, sample, head, k_sample, k_head, ALIGNED)
+    v_rows = _rows_of(v, sample, head, v_sample, v_head, ALIGNED)
+    dy_rows = _rows_of(dy, sample, head, dy_sample, dy_head, ALIGNED)
+    y_rows = y + (sample * length * heads + head) * VALUES
+    bias += head * (2 * WINDOW - 1) * (2 * WINDOW - 1)
+    of_tokens = (sample * heads + head) * length + tokens
+    dy_tile = _load(dy_rows, tokens, is_query, dy_token, VALUES, PADDED_VALUES, ALIGNED)
+    y_tile = _load(y_rows, tokens, is_query, heads * VALUES, VALUES, PADDED_VALUES, VALUES & -VALUES)
+    dot = tl.sum(dy_tile.to(tl.float32) * y_tile.to(tl.float32), 1)
+    level = tl.load(lse + of_tokens, mask=is_query, other=0.0)
+
+    gradient = tl.zeros((SIDE_Y * SIDE_X, PADDED), tl.float32)
+    average = tl.zeros((SIDE_Y * SIDE_X, PADDED), tl.float32)
+    excess = tl.zeros((SIDE_Y * SIDE_X,), tl.float32)
+    first_y, span_y = _keys_of_tile(tile_y, members_y, SIDE_Y, WINDOW)
+    first_x, span_x = _keys_of_tile(tile_x, members_x, SIDE_X, WINDOW)
+    for step in range(tl.cdiv(span_y * span_x, BLOCK)):
+        key_y, key_x, is_key = _step(step, first_y, first_x, span_y, span_x, BLOCK)
+        keys = _tokens(key_y, key_x, remainder_y, remainder_x, dilation_y, dilation_x, width)
+        k_block = _load(k_rows, keys, is_key, k_token, DIM, PADDED, ALIGNED)
+        v_block = _load(v_rows, keys, is_key, v_token, VALUES, PADDED_VALUES, ALIGNED)
+        scores = _product(q_tile, tl.trans(k_block), WIDE) + _biases(
+            bias, query_y[:, None], query_x[:, None], key_y[None, :], key_x[None, :], start_y[:, None],
+            start_x[:, None], is_key[None, :], WINDOW,
+        )  # fmt: skip
+        weights = tl.exp2((scores - level[:, None]) * LOG2_E)
+        dscores = weights * (_product(dy_tile, tl.trans(v_block), WIDE) - dot[:, None])
+        gradient += _product(dscores, k_block, WIDE)
+        average += _product(weights, k_block, WIDE)
+        excess += tl.sum(dscores, 1)
+
+    # Gradients of scores sum to zero; what they sum to here is the error of dot, which y has by being rounded.
+    gradient -= excess[:, None] * average
+    dq_rows = dq + (sample * length * heads + head) * DIM
+    _store(dq_rows, tokens, is_query, heads * DIM, gradient, DIM, PADDED)
+    tl.store(dots + of_tokens, dot + excess, mask=is_query)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def attention_keys_kernel(
+    q, k, v, bias, lse, dy, dk, dv, dots, heads, height, width, dilation_y, dilation_x, tiles_y, tiles_x,
+    q_sample, q_token, q_head, k_sample, k_token, k_head, v_sample, v_token, v_head, dy_sample, dy_token, dy_head,
+    DIM: tl.constexpr, PADDED: tl.constexpr, VALUES: tl.constexpr, PADDED_VALUES: tl.constexpr,
+    WINDOW: tl.constexpr, SIDE_Y: tl.constexpr, SIDE_X: tl.constexpr, BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Writes dk (b, l, heads, e) and dv (b, l, heads, f) of a tile of keys, over whose queries it walks."""
+    sample, head, remainder_y, remainder_x, members_y, members_x, tile_y, tile_x = _place(
+        tl.program_id(0), heads, height, width, dilation_y, dilation_x, tiles_y, tiles_x
+    )
+    length = height.to(tl.int64) * width
+    key_y, key_x, is_key = _tile(tile_y, tile_x, members_y, members_x, SIDE_Y, SIDE_X)
+    tokens = _tokens(key_y, key_x, remainder_y, remainder_x, dilation_y, dilation_x, width)
+    k_tile = _load(_rows_of(k, sample, head, k_sample, k_head, ALIGNED), tokens, is_key, k_token, DIM, PADDED, ALIGNED)
+    v_rows = _rows_of(v, sample, head, v_sample, v_head, ALIGNED)
+    v_tile = _load(v_rows, tokens, is_key, v_token, VALUES, PADDED_VALUES, ALIGNED)
+    q_rows = _rows_of(q, sample, head, q_sample, q_head, ALIGNED)
+    dy_rows = _rows_of(dy, sample, head, dy_sample, dy_head, ALIGNED)
+    bias += head * (2 * WINDOW - 1) * (2 * WINDOW - 1)
+    lse += (sample * heads + head) * length
+    dots += (sample * heads + head) * length
+
+    dk_tile = tl.zeros((SIDE_Y * SIDE_X, PADDED), tl.float32)
+    dv_tile = tl.zeros((SIDE_Y * SIDE_X, PADDED_VALUES), tl.float32)
+    first_y, span_y = _queries_of_tile(tile_y, members_y, SIDE_Y, WINDOW)
+    first_x, span_x = _queries_of_tile(tile_x, members_x, SIDE_X, WINDOW)
+    for step in range(tl.cdiv(span_y * span_x, BLOCK)):
+        query_y, query_x, is_query = _step(step, first_y, first_x, span_y, span_x, BLOCK)
+        start_y, start_x = _start(query_y, members_y, WINDOW), _start(query_x, members_x, WINDOW)
+        queries = _tokens(query_y, query_x, remainder_y, remainder_x, dilation_y, dilation_x, width)
+        q_block = _load(q_rows, queries, is_query, q_token, DIM, PADDED, ALIGNED)
+        dy_block = _load(dy_rows, queries, is_query, dy_token, VALUES, PADDED_VALUES, ALIGNED)
+        level = tl.load(lse + queries, mask=is_query, other=0.0)
+        dot = tl.load(dots + queries, mask=is_query, other=0.0)
+        scores = _product(k_tile, tl.trans(q_block), WIDE) + _biases(
+            bias, query_y[None, :], query_x[None, :], key_y[:, None], key_x[:, None], start_y[None, :],
+            start_x[None, :], is_query[None, :], WINDOW,
+        )  # fmt: skip
+        weights = tl.exp2((scores - level[None, :]) * LOG2_E)
+        dv_tile += _product(weights, dy_block, WIDE)
+        dscores = weights * (_product(v_tile, tl.trans(dy_block), WIDE) - dot[None, :])
+        dk_tile += _product(dscores, q_block, WIDE)
+
+    _store(dk + (sample * length * heads + head) * DIM, tokens, is_key, heads * DIM, dk_tile, DIM, PADDED)
+    _store(
+        dv + (sample * length * heads + head) * VALUES, tokens, is_key, heads * VALUES, dv_tile, VALUES, PADDED_VALUES
+    )
+
+
+@triton.jit(do_not_specialize=SIZES)
+def attention_biases_kernel(
+    q, k, v, bias, lse, dy, dots, sums, heads, height, width, dilation_y, dilation_x, tiles_y, tiles_x,
+    samples, blocks, chunk,
+    q_sample, q_token, q_head, k_sample, k_token, k_head, v_sample, v_token, v_head, dy_sample, dy_token, dy_head,
+    DIM: tl.constexpr, PADDED: tl.constexpr, VALUES: tl.constexpr, PADDED_VALUES: tl.constexpr,
+    WINDOW: tl.constexpr, SIDE_Y: tl.constexpr, SIDE_X: tl.constexpr, BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Writes sums (chunks of samples, heads, l, window²), gradients of each query's scores summed over a chunk.
+
+    A program owns a tile of queries and one block of the keys that it sees. In every sample the pairs are the same, so
+    their sums stay in registers.
+    """
+    program = tl.program_id(0)
+    step, program = program % blocks, program // blocks
+    group, head, remainder_y, remainder_x, members_y, members_x, tile_y, tile_x = _place(
+        program, heads, height, width, dilation_y, dilation_x, tiles_y, tiles_x
+    )
+    length = height.to(tl.int64) * width
+    query_y, query_x, is_query = _tile(tile_y, tile_x, members_y, members_x, SIDE_Y, SIDE_X)
+    start_y, start_x = _start(query_y, members_y, WINDOW), _start(query_x, members_x, WINDOW)
+    tokens = _tokens(query_y, query_x, remainder_y, remainder_x, dilation_y, dilation_x, width)
+    first_y, span_y = _keys_of_tile(tile_y, members_y, SIDE_Y, WINDOW)
+    first_x, span_x = _keys_of_tile(tile_x, members_x, SIDE_X, WINDOW)
+    key_y, key_x, is_key = _step(step, first_y, first_x, span_y, span_x, BLOCK)
+    keys = _tokens(key_y, key_x, remainder_y, remainder_x, dilation_y, dilation_x, width)
+    bias += head * (2 * WINDOW - 1) * (2 * WINDOW - 1)
+    biases = _biases(
+        bias, query_y[:, None], query_x[:, None], key_y[None, :], key_x[None, :], start_y[:, None], start_x[:, None],
+        is_key[None, :], WINDOW,
+    )  # fmt: skip
+
+    gradient = tl.zeros((SIDE_Y * SIDE_X, BLOCK), tl.float32)
+    for i in range(chunk):
+        sample = group * chunk + i
+        is_sample = sample < samples
+        is_token, is_seen = is_query & is_sample, is_key & is_sample
+        q_rows = _rows_of(q, sample, head, q_sample, q_head, ALIGNED)
+        k_rows = _rows_of(k, sample, head, k_sample, k_head, ALIGNED)
+        v_rows = _rows_of(v, sample, head, v_sample, v_head, ALIGNED)
+        dy_rows = _rows_of(dy, sample, head, dy_sample, dy_head, ALIGNED)
+        q_tile = _load(q_rows, tokens, is_token, q_token, DIM, PADDED, ALIGNED)
+        k_block = _load(k_rows, keys, is_seen, k_token, DIM, PADDED, ALIGNED)
+        v_block = _load(v_rows, keys, is_seen, v_token, VALUES, PADDED_VALUES, ALIGNED)
+        dy_tile = _load(dy_rows, tokens, is_token, dy_token, VALUES, PADDED_VALUES, ALIGNED)
+        of_tokens = (sample * heads + head) * length + tokens
+        level = tl.load(lse + of_tokens, mask=is_token, other=float("inf"))
+        dot = tl.load(dots + of_tokens, mask=is_token, other=0.0)
+        scores = _product(q_tile, tl.trans(k_block), WIDE) + biases
+        weights = tl.exp2((scores - level[:, None]) * LOG2_E)
+        gradient += weights * (_product(dy_tile, tl.trans(v_block), WIDE) - dot[:, None])
+
+    row, column = key_y[None, :] - start_y[:, None], key_x[None, :] - start_x[:, None]
+    seen = (row >= 0) & (row < WINDOW) & (column >= 0) & (column < WINDOW)
+    at = ((group * heads + head) * length + tokens)[:, None] * (WINDOW * WINDOW) + row * WINDOW + column
+    tl.store(sums + at, gradient, mask=is_query[:, None] & is_key[None, :] & seen)
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, *, size: Sequence[int], window: int, dilation: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Result (b, l, heads, f) in the dtype of ``v``, and log Σ exp of the scores of each token, (b, heads, l)."""
+    y = v.new_empty(v.shape)
+    lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
+    launch = _Launch({"q": q, "k": k, "v": v}, bias, size=size, window=window, dilation=dilation)
+    launch.run(attention_forward_kernel, y=y, lse=lse)
+    return y, lse
+
+
+def backward(
+    dy: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    y: Tensor,
+    lse: Tensor,
+    *,
+    size: Sequence[int],
+    window: int,
+    dilation: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and bias in their shapes, contiguous, that of the bias in float32."""
+    dq, dk, dv, dots = (tensor.new_empty(tensor.shape) for tensor in (q, k, v, lse))
+    tensors = {"q": q, "k": k, "v": v, "dy": dy}
+    launch = _Launch(tensors, bias, size=size, window=window, dilation=dilation)
+    launch.run(attention_queries_kernel, y=y, lse=lse, dq=dq, dots=dots)
+    launch.run(attention_keys_kernel, lse=lse, dk=dk, dv=dv, dots=dots)
+    sums = launch.sums_of_pairs(lse, dots)
+    return dq, dk, dv, _sum_of_biases(sums, window=window, dilation=dilation)
+
+
+class _Launch:
+    """The launches of one call: its grids and the arguments that kernels share.
+
+    Args:
+        tensors: What kernels read rows of, by name.
+        bias: The table of biases.
+        size: Rows and columns of the map.
+        window: Side of a window.
+        dilation: By rows and columns.
+    """
+
+    def __init__(
+        self, tensors: dict[str, Tensor], bias: Tensor, *, size: Sequence[int], window: int, dilation: Sequence[int]
+    ) -> None:
+        q, v = tensors["q"], tensors["v"]
+        tensors = {name: tensor if tensor.stride(-1) == 1 else tensor.contiguous() for name, tensor in tensors.items()}
+        self._samples, self._length, self._heads, _ = q.shape
+        longest = [-(-cells // step) for cells, step in zip(size, dilation, strict=True)]
+        sides = [_side(members, window) for members in longest]
+        tiles = [-(-members // side) for members, side in zip(longest, sides, strict=True)]
+        self._tiles = self._heads * math.prod(tiles) * math.prod(dilation)  # of a sample
+        self._block = CONFIG.block
+        self._seen = math.prod(min(members, side + window - 1) for members, side in zip(longest, sides, strict=True))
+        self._device = q.device
+        self._warps = warps(sides)
+        self._arguments: dict[str, Any] = {
+            **tensors,
+            "bias": bias.contiguous(),
+            "heads": self._heads,
+            "height": size[0],
+            "width": size[1],
+            "dilation_y": dilation[0],
+            "dilation_x": dilation[1],
+            "tiles_y": tiles[0],
+            "tiles_x": tiles[1],
+            "DIM": q.shape[-1],
+            "PADDED": max(16, triton.next_power_of_2(q.shape[-1])),
+            "VALUES": v.shape[-1],
+            "PADDED_VALUES": max(16, triton.next_power_of_2(v.shape[-1])),
+            "WINDOW": window,
+            "SIDE_Y": sides[0],
+            "SIDE_X": sides[1],
+            "BLOCK": self._block,
+            "ALIGNED": _alignment(tensors.values()),
+            "WIDE": _lacks_products(q.device, tensors.values()),
+        }
+        for name, tensor in tensors.items():
+            strides = zip(("sample", "token", "head"), tensor.stride(), strict=False)
+            self._arguments |= {f"{name}_{axis}": stride for axis, stride in strides}
+
+    def run(self, kernel: Any, *, programs: int | None = None, **arguments: Any) -> None:
+        """Runs a kernel, one program for each tile of each sample unless there is another number of them."""
+        programs = self._samples * self._tiles if programs is None else programs
+        if programs and self._length:
+            with torch.accelerator.device_index(self._device.index):
+                kernel[(programs,)](**self._arguments, **arguments, num_warps=self._warps, num_stages=CONFIG.stages)
+
+    def sums_of_pairs(self, lse: Tensor, dots: Tensor) -> Tensor:
+        """Gradients of scores, summed over samples, (heads, h, w, window, window)."""
+        blocks = -(-self._seen // self._block)
+        chunks = max(1, min(self._samples, -(-BUSY // (self._tiles * blocks))))
+        chunk = -(-self._samples // chunks)
+        chunks = -(-self._samples // chunk)
+        window, (height, width) = self._arguments["WINDOW"], (self._arguments[name] for name in ("height", "width"))
+        sums = lse.new_empty(chunks, self._heads, height, width, window, window)
+        launch = {"samples": self._samples, "blocks": blocks, "chunk": chunk}
+        self.run(
+            attention_biases_kernel, programs=chunks * self._tiles * blocks, lse=lse, dots=dots, sums=sums, **launch
+        )
+        return sums.sum(0)
+
+
+def warps(sides: Sequence[int]) -> int:
+    """Warps of a program with a tile of these sides."""
+    return max(1, math.prod(sides) // CONFIG.queries_per_warp)
+
+
+def _side(members: int, window: int) -> int:
+    """The side of tiles along an axis that multiplies the fewest pairs, padded queries and masked keys included."""
+    return min(CONFIG.sides, key=lambda side: -(-members // side) * side * min(members, side + window - 1))
+
+
+def _alignment(tensors: Iterable[Tensor]) -> int:
+    """A power of two that divides every distance between rows, in elements, up to what one lane loads at once."""
+    return math.gcd(16, *(stride for tensor in tensors for stride in tensor.stride()[:-1]))
+
+
+def _lacks_products(device: torch.device, tensors: Iterable[Tensor]) -> bool:
+    """Whether products are missing that the tensors need: of bfloat16, before Ampere and in Triton's interpreter."""
+    if all(tensor.dtype != torch.bfloat16 for tensor in tensors):
+        return False
+    if device.type != "cuda":
+        return True
+    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] < 8
+
+
+def _sum_of_biases(sums: Tensor, *, window: int, dilation: Sequence[int]) -> Tensor:
+    """Gradients of biases from those of the scores of each query, (heads, h, w, window, window), without atomics."""
+    heads, height, width, *_ = sums.shape
+    side = 2 * window - 1
+    columns = _slots(width, window, dilation[1], device=sums.device)[None, None, :, None]
+    sums = F.pad(sums, (0, 1)).gather(4, columns.expand(heads, height, width, window, side)).sum(2)
+    rows = _slots(height, window, dilation[0], device=sums.device)[None, :, :, None]
+    return F.pad(sums, (0, 0, 0, 1)).gather(2, rows.expand(heads, height, side, side)).sum(1)
+
+
+@cached
+def _slots(cells: int, window: int, dilation: int, *, device: torch.device) -> Tensor:
+    """Which neighbour of each cell of an axis has each of the biases, (cells, 2·window − 1); number window for none."""
+    cell = torch.arange(cells, device=device)[:, None]
+    ranks, members = cell // dilation, (cells - cell % dilation + dilation - 1) // dilation
+    starts = (ranks - window // 2).clamp(min=0).minimum(members - window)
+    slots = ranks - starts + torch.arange(1 - window, window, device=device)
+    return torch.where((slots >= 0) & (slots < window), slots, window)

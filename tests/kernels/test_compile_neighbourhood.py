@@ -1,0 +1,58 @@
+"""The kernels of neighbourhood attention compile for the GPUs they are meant for; on an H100 none spills registers."""
+
+import os
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not on every platform")
+
+from compiled import H100, TARGETS, compile_kernel, stack_bytes
+from vssm_kernels import neighbourhood_attention_triton as kernels
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile")
+
+KERNELS = ("forward", "queries", "keys", "biases")
+ROWS = ("q", "k", "v", "y", "dy", "dq", "dk", "dv")
+A2MAMBA = {"DIM": 24, "PADDED": 32, "VALUES": 24, "PADDED_VALUES": 32, "WINDOW": 7, "ALIGNED": 8, "WIDE": False}
+TILES = {"small": (4, 4), "oblong": (8, 4), "large": (8, 8)}
+
+
+def _compile(name, target, dtype, tile, **switches):
+    rows, columns = TILES[tile]
+
+    def type_of(argument):
+        if argument in kernels.SIZES or argument.endswith(("_sample", "_token", "_head")):
+            return "i32"
+        return "*" + (dtype if argument in ROWS else "fp32")
+
+    constants = A2MAMBA | {"SIDE_Y": rows, "SIDE_X": columns, "BLOCK": kernels.CONFIG.block} | switches
+    options = {"num_warps": kernels.warps((rows, columns)), "num_stages": kernels.CONFIG.stages}
+    return compile_kernel(getattr(kernels, f"attention_{name}_kernel"), target, constants, type_of, **options)
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: f"{target.backend}-{target.arch}")
+def test_every_target(target):
+    half = "fp16" if target.arch == 75 else "bf16"  # which is missing there
+    for name in KERNELS:
+        assert _compile(name, target, half, "small").asm
+
+
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("name", KERNELS)
+def test_h100_has_registers_enough(name, tile, tmp_path):
+    assert stack_bytes(_compile(name, H100, "bf16", tile), tmp_path) == 0
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize(
+    ("dtype", "switches"),
+    [
+        ("fp32", {}),
+        ("bf16", {"WIDE": True}),
+        ("fp16", {"WINDOW": 11, "DIM": 16, "PADDED": 16}),
+        ("bf16", {"DIM": 13, "VALUES": 64, "PADDED_VALUES": 64, "ALIGNED": 1}),
+    ],
+    ids=["float32", "no bfloat16 products", "wide window", "unlike channels"],
+)
+def test_every_switch(name, dtype, switches):
+    assert _compile(name, H100, dtype, "small", **switches).asm
