@@ -13,6 +13,7 @@ from vssm.cli import main
 from vssm.data.scenes import DigitScenes, run_lengths
 from vssm.engine.detect import Detector, Found, detect, image_files, named_pictures
 from vssm.engine.segment import Segmentor, segment
+from vssm.yolo import MambaYoloDetector
 
 
 @pytest.fixture
@@ -94,6 +95,28 @@ def test_a_detector_of_torchvision_from_its_file(folder, tmp_path, capsys):
     assert "does not fit MaskRCNN" in capsys.readouterr().err
     assert main(["detect", file, *options]) == 2
     assert "expected --recipe, for mmdetection, or --detector, --model, --class-names" in capsys.readouterr().err
+
+
+def test_mamba_yolo_from_its_file(folder, tmp_path):
+    """Of an image twice as large as the detector is to see, which is padded to whole cells of 32 pixels."""
+    detector = MambaYoloDetector("test_mambayolo", 3).eval()
+    torch.save(detector.state_dict(), tmp_path / "detector.pth")
+    scene = DigitScenes("val", 1, size=(80, 152)).scene(0)
+    Image.fromarray(scene.image).resize((304, 160), Image.Resampling.NEAREST).save(tmp_path / "scene.png")
+    command = ["detect", str(tmp_path / "scene.png"), "--detector", "mambayolo", "--model", "test_mambayolo"]
+    options = ["--class-names", "a", "b", "c", "--img-size", "152", "--threshold", "0"]
+    files = ["--checkpoint", str(tmp_path / "detector.pth"), "--results", str(tmp_path / "found.json")]
+    assert main([*command, *options, *files]) == 0
+    (record,) = json.loads((tmp_path / "found.json").read_text())
+    with Image.open(tmp_path / "scene.png") as file:
+        small = np.asarray(file.resize((152, 80), Image.Resampling.BILINEAR))
+    padded = torch.full((1, 3, 96, 160), 114 / 255)
+    padded[0, :, :80, :152] = torch.from_numpy(small.copy()).permute(2, 0, 1) / 255
+    (expected,) = detector.detect(padded)
+    assert len(expected["scores"]) > 0
+    assert [each["class"] for each in record["objects"]] == ["abc"[label] for label in expected["labels"]]
+    boxes = (2 * expected["boxes"]).minimum(torch.tensor([304, 160, 304, 160]))
+    torch.testing.assert_close(torch.tensor([each["box"] for each in record["objects"]]), boxes)
 
 
 def test_classes_of_pixels_are_told_and_drawn(folder, tmp_path):

@@ -12,6 +12,7 @@ from golden import records
 from openmmlab_recipes import CONFIGS, SIZE, ours, small_config, train_one_step
 from vssm.cli import main
 from vssm.data.scenes import write_coco
+from vssm.engine.convert import convert
 from vssm.yolo import MambaYoloDetector
 from vssm.yolo.loss import Objects
 
@@ -82,6 +83,20 @@ def test_detector_of_mmdet_computes_the_official_losses_and_finds_what_ours_find
         torch.testing.assert_close(found.scores, mine["scores"])
         torch.testing.assert_close(found.bboxes, mine["boxes"], rtol=1e-4, atol=1e-2)
         assert torch.equal(found.labels, mine["labels"])
+
+
+def test_mmdet_opens_a_converted_file(tmp_path):
+    record = records.load(RECORD)
+    torch.save(record.state_dict, tmp_path / "official.pth")
+    convert(tmp_path / "official.pth", "mambayolo_tiny", task="detect")
+    ours()
+    from vssm.engine.detect import framework
+
+    model = framework("mmdet").init_detector(str(TINY), str(tmp_path / "official.safetensors"), device="cpu")
+    detector = MambaYoloDetector("mambayolo_tiny")
+    vssm.checkpoint.load(detector, record.state_dict)
+    for key, value in detector.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[key], value)
 
 
 def test_the_recipe_trains_saves_and_detects(coco, tmp_path):

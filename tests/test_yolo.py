@@ -10,6 +10,7 @@ from torchvision.ops import box_convert, box_iou, complete_box_iou
 
 import vssm
 from golden import records
+from vssm.cli import main
 from vssm.engine.info import count_parts
 from vssm.yolo import MambaYoloDetector, MambaYoloNeck, YoloHead
 from vssm.yolo.loss import Objects, assign, detection_losses, distribution_loss
@@ -79,6 +80,46 @@ def test_official_keys_are_all_needed():
         vssm.checkpoint.load(detector, record.state_dict | {"model.9.weight": torch.ones(1)})
     fixed = {"model.21.dfl.conv.weight": torch.arange(16.0).view(1, 16, 1, 1)}
     vssm.checkpoint.load(detector, record.state_dict | fixed)
+
+
+def test_the_official_file_of_a_detector_is_converted(tmp_path, capsys):
+    """As the official framework writes it: with the moving average, and the fixed weights of the expectation."""
+    record = records.load(RECORDS[1])
+    fixed = {"model.21.dfl.conv.weight": torch.arange(16.0).view(1, 16, 1, 1)}
+    official = record.state_dict | fixed
+    torch.save({"model": None, "ema": official, "updates": 3}, tmp_path / "official.pth")
+    command = ["convert", str(tmp_path / "official.pth"), "--model", "mambayolo_tiny", "--task", "detect"]
+    assert main([*command, "--entry", "ema"]) == 0
+    assert "left out model.21.dfl.conv.weight: not part of mambayolo_tiny" in capsys.readouterr().out
+    written = json.loads((tmp_path / "official.json").read_text())
+    assert written["task"] == "detect"
+    assert written["keys"].keys() == record.state_dict.keys()
+    assert written["dropped"].keys() == {"model", "updates", *fixed}
+
+    detector = MambaYoloDetector("mambayolo_tiny").eval()
+    assert {mine for keys in written["keys"].values() for mine in keys} == detector.state_dict().keys()
+    vssm.checkpoint.load(detector, vssm.checkpoint.read_whole(tmp_path / "official.safetensors"))
+    with torch.no_grad():
+        record.check("scores", detector(record.images).classes.sigmoid().transpose(1, 2).unsqueeze(2))
+
+
+def test_what_is_no_detector_is_not_converted(tmp_path, capsys):
+    state = records.load(RECORDS[1]).state_dict
+    torch.save(state, tmp_path / "official.pth")
+    command = ["convert", str(tmp_path / "official.pth"), "--task", "detect", "--model"]
+    assert main([*command, "vmamba_tiny_s1l8"]) == 1
+    assert (
+        "'vmamba_tiny_s1l8' is no model of vssm with a detector of its own, expected one of" in capsys.readouterr().err
+    )
+    assert main([*command, "mambayolo_tiny", "--img-size", "640"]) == 1
+    assert "leave img_size out" in capsys.readouterr().err
+    assert main([*command, "mambayolo_base"]) == 1
+    assert "does not fit MambaYoloDetector" in capsys.readouterr().err
+    del state["model.20.mlp.fc2.bias"]
+    torch.save(state, tmp_path / "official.pth")
+    assert main([*command, "mambayolo_tiny"]) == 1
+    assert "1 missing (neck.bottom_up.1.mlp.fc2.bias)" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["official.pth"]
 
 
 def assigned_by_hand(objects: Objects, boxes, scores, centres):

@@ -60,15 +60,16 @@ def read(path: str | os.PathLike, trust_pickle: bool = False, *, entry: str | No
 
 
 def read_with_report(
-    path: str | os.PathLike, trust_pickle: bool = False, *, entry: str | None = None
+    path: str | os.PathLike, trust_pickle: bool = False, *, entry: str | None = None, whole: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """As `read`; also returns, for each entry of the file that is no model weight, why it was left out."""
-    return _take_backbone(*_read(path, trust_pickle, entry))
+    """As `read`, or `read_whole`; also returns, for each entry of the file that is no weight, why it was left out."""
+    found = _read(path, trust_pickle, entry)
+    return found if whole else _take_backbone(*found)
 
 
 def read_whole(path: str | os.PathLike, trust_pickle: bool = False) -> dict[str, Tensor]:
     """As `read`, but of a detector, all its weights."""
-    return _read(path, trust_pickle)[0]
+    return read_with_report(path, trust_pickle, whole=True)[0]
 
 
 def _read(

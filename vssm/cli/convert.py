@@ -11,6 +11,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of this command."""
     parser.add_argument("file", help="the authors' checkpoint")
     parser.add_argument("--model", required=True, metavar="NAME", help="model it belongs to (vssm list shows them)")
+    parser.add_argument(
+        "--task",
+        choices=["classify", "detect"],
+        default="classify",
+        help="detect: of the detector that its authors put around it, all weights",
+    )
     parser.add_argument("--output", metavar="FILE", help="file to write; that of the checkpoint with .safetensors")
     parser.add_argument("--num-classes", type=positive_int, metavar="N", help="classes of the checkpoint")
     parser.add_argument(
@@ -32,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
     record = convert(
         args.file,
         args.model,
+        task=args.task,
         output=args.output,
         num_classes=args.num_classes,
         img_size=args.img_size,

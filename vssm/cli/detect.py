@@ -1,4 +1,4 @@
-"""Find objects in images with a detector of torchvision or mmdetection."""
+"""Find objects in images with Mamba-YOLO, or a detector of torchvision or mmdetection."""
 
 import argparse
 from pathlib import Path
@@ -8,8 +8,10 @@ import torch
 from vssm.cli import UsageError
 from vssm.cli._options import device, positive_int, results_path
 from vssm.cli._training import number
-from vssm.engine.detect import DETECTORS, Detector, detect, open_mmdet, open_torchvision
+from vssm.engine.detect import DETECTORS, Detector, detect, open_mambayolo, open_mmdet, open_torchvision
 from vssm.engine.records import write_results
+
+_MAMBAYOLO = "mambayolo"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,11 +19,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files and folders of such")
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="weights of the whole detector")
     parser.add_argument("--recipe", type=Path, metavar="FILE.py", help="its config, for a detector of mmdetection")
-    parser.add_argument("--detector", choices=sorted(DETECTORS), help="its kind, for a detector of torchvision")
-    parser.add_argument("--model", metavar="NAME", help="its backbone, for a detector of torchvision")
-    parser.add_argument("--class-names", nargs="+", metavar="NAME", help="its classes, for a detector of torchvision")
+    parser.add_argument(
+        "--detector", choices=sorted([_MAMBAYOLO, *DETECTORS]), help="its kind, for Mamba-YOLO or one of torchvision"
+    )
+    parser.add_argument("--model", metavar="NAME", help="its backbone, with --detector")
+    parser.add_argument("--class-names", nargs="+", metavar="NAME", help="its classes, with --detector")
     parser.add_argument(
         "--min-size", type=positive_int, default=800, metavar="N", help="shorter side of images for torchvision"
+    )
+    parser.add_argument(
+        "--img-size", type=positive_int, default=640, metavar="N", help="longer side of images for Mamba-YOLO"
     )
     parser.add_argument(
         "--threshold", type=number(0, 1), default=0.5, metavar="P", help="least score of an object that is told"
@@ -47,14 +54,18 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _open(args: argparse.Namespace, place: torch.device) -> Detector:
-    torchvision = {"--detector": args.detector, "--model": args.model, "--class-names": args.class_names}
-    given = [option for option, value in torchvision.items() if value is not None]
+    others = {"--detector": args.detector, "--model": args.model, "--class-names": args.class_names}
+    given = [option for option, value in others.items() if value is not None]
     if args.recipe is not None and not given:
         return open_mmdet(args.recipe, args.checkpoint, device=place)
-    if args.recipe is not None or len(given) < len(torchvision):
+    if args.recipe is not None or len(given) < len(others):
         raise UsageError(
-            f"expected --recipe, for mmdetection, or {', '.join(torchvision)}, for torchvision; "
+            f"expected --recipe, for mmdetection, or {', '.join(others)}, for Mamba-YOLO and torchvision; "
             f"got {', '.join([*(['--recipe'] if args.recipe else []), *given]) or 'neither'}"
+        )
+    if args.detector == _MAMBAYOLO:
+        return open_mambayolo(
+            args.model, args.checkpoint, classes=args.class_names, device=place, img_size=args.img_size
         )
     return open_torchvision(
         args.detector, args.model, args.checkpoint, classes=args.class_names, device=place, min_size=args.min_size

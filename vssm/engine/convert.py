@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +11,16 @@ from torch.utils._pytree import tree_leaves
 import vssm
 from vssm import checkpoint
 from vssm.engine.records import environment
+from vssm.yolo import MambaYoloDetector
+
+Task = Literal["classify", "detect"]
 
 
 def convert(
     path: str | Path,
     name: str,
     *,
+    task: Task = "classify",
     output: str | Path | None = None,
     num_classes: int | None = None,
     img_size: tuple[int, int] | None = None,
@@ -29,6 +33,7 @@ def convert(
     Args:
         path: The authors' file.
         name: The model.
+        task: ``"detect"`` for the detector that its authors put around it, if they did.
         output: File to write, ending in .safetensors; beside ``path`` when not given. The record lies beside it.
         num_classes: Classes of the checkpoint; the model's own number when not given.
         img_size: Height and width in pixels that the checkpoint's positions are for; the model's own when not given.
@@ -37,8 +42,8 @@ def convert(
         trust_pickle: Whether the file may run code.
 
     Returns:
-        The record: ``model``, ``source`` (file, url, sha256), ``keys`` (each key of the file and the keys it went to),
-        ``dropped`` (entries of the file and why they were left out), ``environment``, ``file`` and ``sha256``.
+        The record: ``model``, ``task``, ``source`` (file, url, sha256), ``keys`` (each key of the file and the keys it
+        went to), ``dropped`` (entries of the file and why they were left out), ``environment``, ``file``, ``sha256``.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -48,8 +53,9 @@ def convert(
     output = path.with_suffix(".safetensors") if output is None else Path(output)
     if output.resolve() == path.resolve():
         raise ValueError(f"convert: the output would overwrite the source {str(path)!r}, give another output")
-    source, dropped = checkpoint.read_with_report(path, trust_pickle, entry=entry)
-    model = _model(name, num_classes, img_size)
+    source, dropped = checkpoint.read_with_report(path, trust_pickle, entry=entry, whole=task == "detect")
+    given = {"num_classes": num_classes, "img_size": img_size}
+    model = _model(name, task, {key: value for key, value in given.items() if value is not None})
     converted, origins = _filter(source, model)
     checkpoint.check(model, converted)
     _check_values_kept(source, converted, origins)
@@ -57,6 +63,7 @@ def convert(
     unused = {key: f"not part of {name}" for key, mine in destinations.items() if not mine}
     record = {
         "model": name,
+        "task": task,
         "source": {"file": path.name, "url": url, "sha256": checkpoint.sha256(path)},
         "keys": {key: mine for key, mine in destinations.items() if mine},
         "dropped": dropped | unused,
@@ -65,12 +72,16 @@ def convert(
     return checkpoint.write(output, converted, record)
 
 
-def _model(name: str, num_classes: int | None, img_size: tuple[int, int] | None) -> nn.Module:
-    if name.partition(".")[0] not in vssm.list_models():
-        raise ValueError(f"convert: {name!r} is no model of vssm, expected one of {', '.join(vssm.list_models())}")
-    given = {"num_classes": num_classes, "img_size": img_size}
+def _model(name: str, task: Task, arguments: dict[str, Any]) -> nn.Module:
+    known = vssm.list_models() if task == "classify" else vssm.list_models(family="mambayolo")
+    if name.partition(".")[0] not in known:
+        kind = "model of vssm" if task == "classify" else "model of vssm with a detector of its own"
+        raise ValueError(f"convert: {name!r} is no {kind}, expected one of {', '.join(known)}")
+    if task == "detect" and "img_size" in arguments:
+        raise ValueError("convert: a detector has no weights that depend on an input size, leave img_size out")
+    make = vssm.create_model if task == "classify" else MambaYoloDetector
     with torch.device("meta"):  # only its keys and shapes are needed
-        return vssm.create_model(name, **{key: value for key, value in given.items() if value is not None})
+        return make(name, **arguments)
 
 
 def _filter(source: Mapping[str, Tensor], model: nn.Module) -> tuple[dict[str, Tensor], dict[str, set[str]]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
@@ -18,6 +19,7 @@ from vssm import checkpoint, detection
 from vssm.data.images import find_images, read_image
 from vssm.data.scenes import run_lengths
 from vssm.files import atomic_path
+from vssm.yolo import MambaYoloDetector
 
 DETECTORS = {"fasterrcnn": detection.fasterrcnn, "maskrcnn": detection.maskrcnn, "retinanet": detection.retinanet}
 _COLOURS = (
@@ -34,6 +36,7 @@ _COLOURS = (
 )
 _LEGIBLE = 640  # pixels; smaller images are drawn several times as large
 _FONT = 14  # pixels
+_MULTIPLE, _GREY = 32, 114 / 255  # to which sides are padded for Mamba-YOLO, and with what
 _INK = 0.5  # probability from which a pixel belongs to a mask of torchvision's Mask R-CNN
 
 
@@ -107,6 +110,44 @@ def open_torchvision(
         (found,) = model([pil_to_tensor(image).to(device) / 255])
         masks = found["masks"].squeeze(1) >= _INK if "masks" in found else None
         return Found(found["boxes"], found["scores"], found["labels"] - 1, masks)
+
+    return Detector(find, tuple(classes))
+
+
+def open_mambayolo(
+    model_name: str,
+    checkpoint_path: str | os.PathLike,
+    *,
+    classes: Sequence[str],
+    device: torch.device,
+    img_size: int = 640,
+) -> Detector:
+    """Opens a `MambaYoloDetector` with the weights of a whole detector.
+
+    Args:
+        model_name: Registered name of its backbone.
+        checkpoint_path: State dict of the detector, with its authors' keys or ours.
+        classes: Names of its classes.
+        device: Where to compute.
+        img_size: Longer side that images are resized to, in pixels.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If there is no such model, or weights do not fit.
+    """
+    model = MambaYoloDetector(model_name, len(classes))
+    checkpoint.load(model, checkpoint.read_whole(checkpoint_path))
+    model.to(device).eval()
+
+    @torch.inference_mode()
+    def find(image: Image.Image) -> Found:
+        scale = img_size / max(image.size)
+        width, height = (max(round(side * scale), 1) for side in image.size)
+        resized = pil_to_tensor(image.resize((width, height), Image.Resampling.BILINEAR)).to(device) / 255
+        padded = F.pad(resized, (0, -width % _MULTIPLE, 0, -height % _MULTIPLE), value=_GREY)
+        (found,) = model.detect(padded[None])
+        limits = torch.tensor(image.size * 2, device=device)
+        return Found((found["boxes"] / scale).minimum(limits), found["scores"], found["labels"])
 
     return Detector(find, tuple(classes))
 
