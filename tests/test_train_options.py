@@ -206,7 +206,7 @@ def test_a_batch_without_images_is_no_step(folder, tmp_path):
 def test_compile_compiles_the_model_in_place(folder, tmp_path, monkeypatch):
     compiled = []
     monkeypatch.setattr(nn.Module, "compile", lambda module, *_, **__: compiled.append(module))
-    for wanted in (False, True):
+    for wanted in (None, "default"):
         run = prepare(RECIPE, Setting(folder, tmp_path / "run", CPU, compile=wanted), fresh=True)
         state = initial_state(run)
         assert network_of(run, state) is state.model
@@ -216,7 +216,7 @@ def test_compile_compiles_the_model_in_place(folder, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_compiled_training_equals_eager(folder, tmp_path):
     losses = []
-    for wanted in (False, True):
+    for wanted in (None, "default"):
         setting = Setting(folder, tmp_path / str(wanted), CPU, compile=wanted)
         losses.append(train(RECIPE.with_options({"epochs": 3}), setting)["train_loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)

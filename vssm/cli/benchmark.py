@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from vssm.cli import UsageError, _op_options
-from vssm.cli._options import device, image_size, picture_path, positive_int, results_path
+from vssm.cli._options import add_compile, device, image_size, picture_path, positive_int, results_path
 from vssm.cli._training import add_data_arguments, count, data_options
-from vssm.engine.benchmark import COMPILE_MODES, Setting, benchmark_models
+from vssm.engine.benchmark import Setting, benchmark_models
 from vssm.engine.benchmark_loader import LoaderSetting, benchmark_loader
 from vssm.engine.benchmark_op import OpSetting, benchmark_op
 from vssm.engine.op_plot import plot_op
@@ -100,14 +100,7 @@ def _add_model_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--batch-size", type=positive_int, help="128 on a GPU and 8 on a CPU by default; halved to fit")
     group.add_argument("--img-size", type=_image_sizes, metavar="SIZE,...", help="224 or 160x256, several with commas")
     group.add_argument("--train", action="store_true", help="also measure a training step")
-    group.add_argument(
-        "--compile",
-        nargs="?",
-        choices=COMPILE_MODES,
-        const="default",
-        metavar="MODE",
-        help=f"compile the model with torch.compile, in one of the modes {', '.join(COMPILE_MODES)}",
-    )
+    add_compile(group)
 
 
 def _add_op_arguments(group: argparse._ArgumentGroup) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from timm.optim import list_optimizers
 
 from vssm.cli import UsageError
-from vssm.cli._options import device, nearest, positive_int
+from vssm.cli._options import add_compile, device, nearest, positive_int
 from vssm.cli._training import (
     AMP_DTYPES,
     DATA_HELP,
@@ -126,7 +126,7 @@ def _add_computation(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--fsdp", action="store_true", help="cut model and optimizer into parts, one for each process of torchrun"
     )
-    group.add_argument("--compile", action="store_true", help="compile the model with torch.compile")
+    add_compile(group)
     group.add_argument("--channels-last", action="store_true", help="lay images and maps out with channels last")
 
 

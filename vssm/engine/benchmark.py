@@ -14,8 +14,7 @@ from vssm.engine.timing import measure_memory, measure_time, throughput
 from vssm.engine.zoo import count_parameters, create_by_name, input_size, package_of
 from vssm_kernels.backend import backend_name
 
-COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")
-_OF_GRAPHS = ("reduce-overhead", "max-autotune")
+_OF_GRAPHS = ("reduce-overhead", "max-autotune")  # modes of torch.compile
 
 
 class Setting(NamedTuple):

@@ -59,7 +59,7 @@ class Setting:
         save_every: How often the state is written; at the end of every epoch in any case.
         keep: Number of states that are kept.
         fsdp: Cut parameters and the optimizer's state into parts, one for each process.
-        compile: Compile the model with torch.compile.
+        compile: Mode of torch.compile, such as ``default``; eager when None.
         channels_last: Lay images and maps out with the channels last.
         tensorboard: Write the log for TensorBoard, too.
         data_options: How to read the data set.
@@ -74,7 +74,7 @@ class Setting:
     save_every: SaveEvery = SaveEvery(minutes=15)
     keep: int = 2
     fsdp: bool = False
-    compile: bool = False
+    compile: str | None = None
     channels_last: bool = False
     tensorboard: bool = False
     data_options: DataOptions = field(default_factory=DataOptions)
@@ -241,7 +241,7 @@ def network_of(run: Run, state: TrainingState) -> nn.Module:
     """What to call in training for the model: the model, within what averages gradients over processes."""
     network = distributed.replicated(state.model, run.setting.device)
     if run.setting.compile:
-        network.compile()
+        network.compile(mode=run.setting.compile)
     return network
 
 
