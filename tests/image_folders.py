@@ -1,4 +1,4 @@
-"""Small data sets on disk, and a model that learns them in a second, shared by the tests of training."""
+"""Small data sets on disk, a model that learns them in a second, and a stop at will, for the tests of training."""
 
 from pathlib import Path
 
@@ -22,3 +22,14 @@ def make_folder(root: Path, *, classes: tuple[str, ...] = ("dark", "light"), tra
                 pixels = rng.integers(0, 60, (16, 16, 3)) + 180 * index // max(len(classes) - 1, 1)
                 Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number:03d}.png")
     return root
+
+
+class StopAtLook:
+    """A request to stop that is made at the n-th look, of which there is one after every step and evaluated batch."""
+
+    def __init__(self, number: int) -> None:
+        self.left = number
+
+    def __bool__(self) -> bool:
+        self.left -= 1
+        return self.left <= 0

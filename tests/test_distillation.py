@@ -10,7 +10,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from image_folders import TINY, make_folder
+from image_folders import TINY, StopAtLook, make_folder
 from vssm.cli import main
 from vssm.cli import train as train_command
 from vssm.cli._options import Parser
@@ -101,7 +101,7 @@ def test_terms_are_weighed_and_heads_learn_their_own(kind, two_heads):
     targets[2] = 0  # a blank
     outputs = (first, second) if two_heads else first
     for_teacher = second if two_heads else first
-    found = sum_of_losses(recipe, outputs, targets, Guides(teacher, average))
+    found = sum_of_losses(recipe, outputs, targets=targets, guides=Guides(teacher, average=average))
     expected = 0.0
     for row in range(2):
         answer = (first[row] + for_teacher[row]) / 2
@@ -114,7 +114,7 @@ def test_terms_are_weighed_and_heads_learn_their_own(kind, two_heads):
         )
         expected += 0.7 * labels + 0.3 * distill.item() + 1.5 * self_distillation(answer[None], average[one]).item()
     assert found.item() == pytest.approx(expected, rel=1e-12)
-    without = sum_of_losses(recipe, outputs, targets, Guides(teacher))
+    without = sum_of_losses(recipe, outputs, targets=targets, guides=Guides(teacher))
     (gradient,) = torch.autograd.grad(without, first)
     assert torch.equal(gradient[2], torch.zeros(5))
     if two_heads:  # labels alone teach the first classifier
@@ -124,9 +124,8 @@ def test_terms_are_weighed_and_heads_learn_their_own(kind, two_heads):
 
 def test_without_guides_the_loss_is_the_cross_entropy():
     logits, targets = _random_logits(0, 3, 5), _random_logits(1, 3, 5).softmax(1)
-    assert torch.equal(
-        sum_of_losses(RECIPE, logits, targets, Guides()), nn.functional.cross_entropy(logits, targets, reduction="sum")
-    )
+    found = sum_of_losses(RECIPE, logits, targets=targets, guides=Guides())
+    assert torch.equal(found, nn.functional.cross_entropy(logits, targets, reduction="sum"))
 
 
 def test_teacher_is_frozen_and_sees_what_the_model_sees(folder, tmp_path, distilled):
@@ -209,17 +208,6 @@ def test_moving_average_is_followed_from_its_epoch_on(folder, tmp_path):
     assert losses[1] - losses[0] == pytest.approx(2 * entropy, rel=1e-4)
 
 
-class _StopAtLook:
-    """A request to stop that is made at the n-th look."""
-
-    def __init__(self, number: int) -> None:
-        self.left = number
-
-    def __bool__(self) -> bool:
-        self.left -= 1
-        return self.left <= 0
-
-
 @pytest.mark.parametrize("model", ["test_vim", "test_groupmamba"])
 def test_resumed_run_equals_the_uninterrupted_one(folder, tmp_path, distilled, model):
     recipe = replace(distilled, mesa=1.5, mesa_start_epoch=1)
@@ -228,7 +216,7 @@ def test_resumed_run_equals_the_uninterrupted_one(folder, tmp_path, distilled, m
     whole, parts = (Setting(folder, tmp_path / name, CPU) for name in ("whole", "parts"))
     record = train(recipe, whole)
     with pytest.raises(Stopped):
-        train(recipe, parts, stop=_StopAtLook(7))  # in the second epoch, which evaluation has preceded
+        train(recipe, parts, stop=StopAtLook(7))  # in the second epoch, which evaluation has preceded
     stored = read_state(parts.output)
     again = train(Recipe.from_dict(stored["run"]["recipe"]), parts, resume=stored)
     assert (record["loss"], record["train_loss"]) == (again["loss"], again["train_loss"])
@@ -286,6 +274,7 @@ def test_options_reach_the_run_and_its_record(folder, tmp_path, monkeypatch):
         "distill": "soft",
         "distill_weight": 0.4,
         "distill_temperature": 2.0,
+        "distill_tokens": 0.0,
         "mesa": 1.0,
         "mesa_start_epoch": 1,
     }

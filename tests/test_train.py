@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from image_folders import TINY, TINY_INPUT, make_folder
+from image_folders import TINY, TINY_INPUT, StopAtLook, make_folder
 from vssm.cli import main
 from vssm.cli import train as train_command
 from vssm.cli._options import Parser
@@ -101,23 +101,12 @@ def test_same_seed_same_weights_other_seed_other_weights(folder, tmp_path):
     assert not _same(_weights(tmp_path / "a"), _weights(tmp_path / "c"))
 
 
-class _StopAtLook:
-    """A request to stop that is made at the n-th look, of which there is one after every step and evaluated batch."""
-
-    def __init__(self, number: int) -> None:
-        self.left = number
-
-    def __bool__(self) -> bool:
-        self.left -= 1
-        return self.left <= 0
-
-
 def _train_stopping_every(looks: int, recipe: Recipe, setting: Setting) -> dict:
     """Trains by attempts, each of which is stopped after so many looks and the next of which resumes."""
     for _ in range(100):
         resume = read_state(setting.output) if setting.output.exists() else None
         try:
-            return train(recipe, setting, resume=resume, stop=_StopAtLook(looks))
+            return train(recipe, setting, resume=resume, stop=StopAtLook(looks))
         except Stopped as stopped:
             last = stopped
         assert last.state == state_files(setting.output)[0]
@@ -155,7 +144,7 @@ def test_the_stored_step_drives_what_follows(folder, tmp_path, changed, same):
     whole, parts = Setting(folder, tmp_path / "whole", CPU), Setting(folder, tmp_path / "parts", CPU)
     train(TINY_RECIPE, whole)
     with pytest.raises(Stopped):
-        train(TINY_RECIPE, parts, stop=_StopAtLook(2))
+        train(TINY_RECIPE, parts, stop=StopAtLook(2))
     stored = read_state(parts.output)
     if changed == "step":
         stored["step"] = 1
@@ -168,14 +157,14 @@ def test_the_stored_step_drives_what_follows(folder, tmp_path, changed, same):
 def test_steps_passed_over_are_not_read(folder, tmp_path, monkeypatch):
     setting = Setting(folder, tmp_path / "run", CPU)
     with pytest.raises(Stopped):
-        train(TINY_RECIPE, setting, stop=_StopAtLook(2))
+        train(TINY_RECIPE, setting, stop=StopAtLook(2))
     read = []
     load = ImageFiles.load
     monkeypatch.setattr(
         ImageFiles, "load", lambda images, *args, **kwargs: read.append(images.source) or load(images, *args, **kwargs)
     )
     with pytest.raises(Stopped):
-        train(TINY_RECIPE, setting, resume=read_state(setting.output), stop=_StopAtLook(1))
+        train(TINY_RECIPE, setting, resume=read_state(setting.output), stop=StopAtLook(1))
     assert read == [f"{folder}/train"] * 8  # the third and last batch of the epoch
 
 
@@ -358,7 +347,7 @@ def test_going_back_to_an_earlier_state_gives_the_later_ones_up(folder, tmp_path
     train(TINY_RECIPE, setting)
     early = state_files(setting.output)[-1]
     with pytest.raises(Stopped):
-        train(TINY_RECIPE, setting, resume=read_state(early), stop=_StopAtLook(2))
+        train(TINY_RECIPE, setting, resume=read_state(early), stop=StopAtLook(2))
     assert [read_state(file)["step"] for file in state_files(setting.output)] == [5, 3]
 
 
@@ -492,12 +481,12 @@ def test_weights_that_are_not_finite_are_not_kept(folder, tmp_path, monkeypatch)
 
     setting = Setting(folder, tmp_path / "run", CPU)
     with pytest.raises(Stopped):
-        train(TINY_RECIPE, setting, stop=_StopAtLook(2))
+        train(TINY_RECIPE, setting, stop=StopAtLook(2))
     monkeypatch.setattr(torch.optim.AdamW, "step", spoil)
     with pytest.raises(
         ValueError, match=r"^train: \w+(\.\w+)* is not finite after step 3; the state before it is kept"
     ):
-        train(TINY_RECIPE, setting, resume=read_state(setting.output), stop=_StopAtLook(1))
+        train(TINY_RECIPE, setting, resume=read_state(setting.output), stop=StopAtLook(1))
     assert [file.name for file in state_files(setting.output)] == ["state-00000002.pth"]
 
 

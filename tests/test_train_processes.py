@@ -217,3 +217,24 @@ def test_two_processes_that_learn_from_other_models_resume_bit_for_bit(folder, t
     assert f"go on with --resume {stopped}" in printed, errors
     _run(TWO, *options, stopped, "--resume", "auto")
     _assert_same_weights(whole, stopped)
+
+
+@pytest.mark.slow
+def test_two_processes_on_fewer_tokens_equal_one(folder, tmp_path):
+    schedule, dense = tmp_path / "schedule.yaml", tmp_path / "dense"
+    schedule.write_text("{model: test_vim, after: [1, 2], keep: 0.6}\n")
+    model = ["--model", "test_vim", "--model-kwargs", "embed_dim=8", "depth=3", "patch_size=4", *TINY_INPUT]
+    options = [folder, *model, *KEPT, "--workers", "0", "--aa", "none", "--mixup", "0", "--cutmix", "0"]
+    options += ["--device", "cpu", "--batch-size", "40", "--lr", "3e-3", "--epochs"]
+    _run(ALONE, *options, "2", "--output", dense)
+    options += ["6", "--initial-checkpoint", dense / "final.safetensors", "--prune", schedule, "--accum", "2"]
+    options += ["--distill-teacher", "dense", "--distill", "soft", "--distill-tokens", "0.5", "--grad-checkpointing"]
+    one, replicated, sharded = (tmp_path / name for name in ("one", "replicated", "sharded"))
+    _run(ALONE, *options, "--output", one)
+    _run(TWO, *options, "--output", replicated)
+    _run(TWO, *options, "--fsdp", "--output", sharded)
+    for output in (replicated, sharded):
+        for name in ("train_loss", "val_loss"):
+            expected = [float(row[name]) for row in _rows(one)]
+            assert [float(row[name]) for row in _rows(output)] == pytest.approx(expected, abs=1e-5)
+        _assert_same_files(one, output)

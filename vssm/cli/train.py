@@ -28,10 +28,11 @@ from vssm.engine import distributed
 from vssm.engine.checkpoints import read_state, state_files
 from vssm.engine.dry_run import dry_run
 from vssm.engine.progress import duration
-from vssm.engine.recipe import DIGITS, Recipe
+from vssm.engine.recipe import DENSE, DIGITS, Recipe
 from vssm.engine.stopping import Stopped, stop_on_signals
 from vssm.engine.train import train
 from vssm.engine.training_setup import SaveEvery, Setting
+from vssm.pruning import read_schedule
 
 _DEFAULTS = Recipe()
 _SEED_LIMIT = 2**32 - 1
@@ -77,6 +78,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=_seed, help=_help("seed", "of weights, order of images and augmentation"))
     add_data_arguments(parser, training=True)
     add_model_arguments(parser.add_argument_group("model", "None given: as the model itself says"))
+    parser.add_argument(
+        "--prune", type=Path, metavar="FILE.yaml", help="drop or merge tokens by a schedule, such as in configs/pruning"
+    )
     _add_computation(parser.add_argument_group("computation", "None of it changes the result but for rounding"))
     _add_optimization(parser.add_argument_group("optimization"))
     _add_augmentation(parser.add_argument_group("augmentation"))
@@ -198,10 +202,14 @@ def _add_distillation(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--distill-teacher",
         metavar="NAME",
-        help="learn the predictions of this model of vssm or timm, too; it sees the same images",
+        help="learn the predictions of this model of vssm or timm, too; it sees the same images. dense: those of the "
+        "model itself before training, on all tokens",
     )
     group.add_argument(
-        "--distill-checkpoint", type=_path_from_anywhere, metavar="FILE", help="its weights; published ones if absent"
+        "--distill-checkpoint",
+        type=_path_from_anywhere,
+        metavar="FILE",
+        help="its weights; if absent, published ones, and those of --initial-checkpoint for dense",
     )
     group.add_argument(
         "--distill", choices=("hard", "soft"), help=_help("distill", "its most probable class, or all probabilities")
@@ -217,6 +225,12 @@ def _add_distillation(group: argparse._ArgumentGroup) -> None:
         type=number(1e-3),
         metavar="T",
         help=_help("distill_temperature", "divides the logits for soft"),
+    )
+    group.add_argument(
+        "--distill-tokens",
+        type=number(0),
+        metavar="W",
+        help=_help("distill_tokens", "add W times the mean squared difference to the last tokens of dense"),
     )
     group.add_argument(
         "--mesa",
@@ -262,7 +276,7 @@ def _optimizer(text: str) -> str:
     return text
 
 
-def _path_from_anywhere(text: str) -> str:
+def _path_from_anywhere(text: str | Path) -> str:
     """Type of a path that a run keeps, to be found again when it goes on in another folder."""
     return str(Path(text).absolute())
 
@@ -307,7 +321,7 @@ def _what_and_where(args: argparse.Namespace, resume: dict[str, Any] | None) -> 
         data_dir = data_dir or (None if stored["data_dir"] is None else Path(stored["data_dir"]))
     else:
         base = DIGITS if data_dir is None else _DEFAULTS
-    recipe = base.with_options(_options_for(base, model_options(args)))
+    recipe = base.with_options(_options_for(base, _resolved(model_options(args), fresh=resume is None)))
     output = args.output or Path("output", f"{recipe.model}-{datetime.now():%Y%m%d-%H%M%S}")
     if resume is None and not args.dry_run:
         _check_is_new(output)
@@ -328,6 +342,19 @@ def _what_and_where(args: argparse.Namespace, resume: dict[str, Any] | None) -> 
         data_options=options,
     )
     return recipe, setting
+
+
+def _resolved(options: dict[str, Any], *, fresh: bool) -> dict[str, Any]:
+    """The options with what follows from files: a schedule, whose model is meant if none is named; dense's weights."""
+    if options["distill_teacher"] == DENSE and options["distill_checkpoint"] is None:
+        path = options["initial_checkpoint"]
+        options["distill_checkpoint"] = None if path is None else _path_from_anywhere(path)
+    if options["prune"] is not None:
+        schedule = read_schedule(options["prune"])
+        options["prune"] = schedule.as_dict()
+        if fresh and options["model"] is None:
+            options["model"] = schedule.model
+    return options
 
 
 def _options_for(base: Recipe, options: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What a run learns besides labels: what a teacher predicts, and what the moving average of its own weights does."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import timm
@@ -10,7 +11,28 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from vssm.data.loaders import InputConfig
 from vssm.engine import classifier as classifiers
 from vssm.engine.classifier import Classifier, ModelSpec
-from vssm.engine.recipe import Recipe
+from vssm.engine.recipe import DENSE, Recipe
+
+
+class TokenWatch:
+    """Keeps the last tokens of a backbone of this package, as its last norm gives them out, for one to take them.
+
+    Args:
+        model: The backbone.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._tokens: Tensor | None = None
+        model.get_submodule("norm").register_forward_hook(self._keep)
+
+    def _keep(self, norm: nn.Module, args: tuple, tokens: Tensor) -> None:
+        self._tokens = tokens
+
+    def take(self) -> Tensor:
+        """The tokens (b, l, c) of the last forward pass; they are not kept any longer."""
+        tokens, self._tokens = self._tokens, None
+        assert tokens is not None, "every forward pass calls the norm"
+        return tokens.flatten(1, -2)
 
 
 class Teacher:
@@ -21,10 +43,17 @@ class Teacher:
         images: The run's input, whose normalisation is changed to the model's where they differ.
         device: Where to compute.
         memory_format: Layout of images.
+        watch_tokens: Whether it is asked for its last tokens, too.
     """
 
     def __init__(
-        self, classifier: Classifier, images: InputConfig, *, device: torch.device, memory_format: torch.memory_format
+        self,
+        classifier: Classifier,
+        images: InputConfig,
+        *,
+        device: torch.device,
+        memory_format: torch.memory_format,
+        watch_tokens: bool = False,
     ) -> None:
         model = classifier.model.to(device)
         self.model = model.to(memory_format=memory_format).eval().requires_grad_(False)  # pyright: ignore[reportCallIssue]
@@ -33,22 +62,26 @@ class Teacher:
             for values in (images.mean, images.std, classifier.config.mean, classifier.config.std)
         )
         self._scale, self._shift = std / own_std, (mean - own_mean) / own_std
+        self._watch = TokenWatch(self.model) if watch_tokens else None
 
     @torch.no_grad()
-    def logits(self, images: Tensor) -> Tensor:
-        """Logits (b, num_classes) of normalised images (b, c, h, w), float32."""
-        return self.model(images * self._scale + self._shift).float()
+    def ask(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits (b, num_classes) of normalised images (b, c, h, w), and last tokens (b, l, c) if asked for."""
+        logits = self.model(images * self._scale + self._shift).float()
+        return logits, None if self._watch is None else self._watch.take().float()
 
 
 class Guides(NamedTuple):
-    """What other models say of the images of a batch: logits (b, num_classes) without gradients, or None.
+    """What other models say of the images of a batch, in tensors without gradients; None where they are not asked.
 
     Args:
-        teacher: Of the teacher.
-        average: Of the moving average of the weights.
+        teacher: Logits (b, num_classes) of the teacher.
+        tokens: Its last tokens, (b, l, c).
+        average: Logits (b, num_classes) of the moving average of the weights.
     """
 
     teacher: Tensor | None = None
+    tokens: Tensor | None = None
     average: Tensor | None = None
 
 
@@ -69,23 +102,50 @@ def open_teacher(
     """
     if recipe.distill_teacher is None:
         return None
+    teacher = _dense(recipe, student) if recipe.distill_teacher == DENSE else _another(recipe, student)
+    _check_count(recipe, teacher.spec.num_classes, student)
+    _check_names(recipe, teacher, student)
+    watch = recipe.distill_tokens > 0
+    return Teacher(teacher, student.config, device=device, memory_format=memory_format, watch_tokens=watch)
+
+
+def _dense(recipe: Recipe, student: Classifier) -> Classifier:
+    """The model itself, as it is before training."""
+    path = recipe.distill_checkpoint
+    if path is None and not recipe.pretrained:
+        raise ValueError(
+            f"train: expected weights for --distill-teacher {DENSE}, the model before training: "
+            "--initial-checkpoint FILE or --pretrained, got neither"
+        )
+    teacher = classifiers.build(replace(student.spec, pretrained=path is None))
+    if path is not None:
+        try:
+            classifiers.load_initial(teacher, path, new_head=False)
+        except ValueError as error:
+            raise _unsuited(recipe, error) from error
+    return teacher
+
+
+def _another(recipe: Recipe, student: Classifier) -> Classifier:
+    """The model that the recipe names, with published weights or those of a file."""
     spec, path = student.spec, recipe.distill_checkpoint
     images = {"in_chans": spec.in_chans, "img_size": spec.img_size}
+    assert recipe.distill_teacher is not None, "asked for a teacher"
     if path is None:
         published = timm.get_pretrained_cfg(recipe.distill_teacher)
         if published is not None:
             _check_count(recipe, published.num_classes, student)  # before hundreds of megabytes are downloaded
-        teacher = classifiers.build(ModelSpec(model=recipe.distill_teacher, pretrained=True).with_options(images))
-    else:
-        described = classifiers.read_description(path) is not None
-        options = images if described else {"num_classes": spec.num_classes, **images}
-        try:
-            teacher = classifiers.load(path, model=recipe.distill_teacher, options=options)
-        except ValueError as error:
-            raise ValueError(f"train: {path} does not suit the teacher {recipe.distill_teacher}: {error}") from error
-    _check_count(recipe, teacher.spec.num_classes, student)
-    _check_names(recipe, teacher, student)
-    return Teacher(teacher, student.config, device=device, memory_format=memory_format)
+        return classifiers.build(ModelSpec(model=recipe.distill_teacher, pretrained=True).with_options(images))
+    described = classifiers.read_description(path) is not None
+    options = images if described else {"num_classes": spec.num_classes, **images}
+    try:
+        return classifiers.load(path, model=recipe.distill_teacher, options=options)
+    except ValueError as error:
+        raise _unsuited(recipe, error) from error
+
+
+def _unsuited(recipe: Recipe, error: ValueError) -> ValueError:
+    return ValueError(f"train: {recipe.distill_checkpoint} does not suit the teacher {recipe.distill_teacher}: {error}")
 
 
 def _check_count(recipe: Recipe, theirs: int | None, student: Classifier) -> None:
@@ -107,11 +167,18 @@ def _check_names(recipe: Recipe, teacher: Classifier, student: Classifier) -> No
         )
 
 
-def sum_of_losses(recipe: Recipe, outputs: Tensor | tuple[Tensor, Tensor], targets: Tensor, guides: Guides) -> Tensor:
-    """The loss of a batch, summed over its images: (1 − w)·CE(labels) + w·D(teacher) + m·CE(moving average).
+def sum_of_losses(
+    recipe: Recipe,
+    outputs: Tensor | tuple[Tensor, Tensor],
+    *,
+    targets: Tensor,
+    guides: Guides,
+    tokens: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """The loss of a batch, summed over its images: (1 − w)·CE(labels) + w·D(teacher) + m·CE(moving average) + v·MSE.
 
-    w is the weight of the teacher and 0 without one, D is `hard_distillation` or `soft_distillation`, and m the weight
-    of the moving average.
+    w is the weight of the teacher and 0 without one, D is `hard_distillation` or `soft_distillation`, m the weight of
+    the moving average, and v that of tokens.
 
     Args:
         recipe: Says which terms there are, and how much they weigh.
@@ -119,6 +186,7 @@ def sum_of_losses(recipe: Recipe, outputs: Tensor | tuple[Tensor, Tensor], targe
             learns from labels, the second from the teacher, and their mean from the moving average.
         targets: Class probabilities (b, num_classes); an image all of whose are 0 adds nothing.
         guides: What the others say.
+        tokens: Tokens (b, t, c) of the model and of the teacher, if they are compared.
 
     Returns:
         The sum, in nats.
@@ -136,6 +204,8 @@ def sum_of_losses(recipe: Recipe, outputs: Tensor | tuple[Tensor, Tensor], targe
     if guides.average is not None:
         answer = (for_labels + for_teacher) / 2
         loss = loss + recipe.mesa * (self_distillation(answer, guides.average) * counts).sum()
+    if tokens is not None:
+        loss = loss + recipe.distill_tokens * (token_distillation(*tokens) * counts).sum()
     return loss
 
 
@@ -168,6 +238,15 @@ def self_distillation(logits: Tensor, average: Tensor) -> Tensor:
         its temperature, as A2Mamba is trained, https://arxiv.org/abs/2507.16624
     """
     return cross_entropy(logits.to(average.dtype), average.softmax(1), reduction="none")
+
+
+def token_distillation(tokens: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared difference (b,) between tokens (b, t, c) and a teacher's.
+
+    Reference:
+        Rao et al., "DynamicViT", NeurIPS 2021, section 3.3, https://arxiv.org/abs/2106.02034
+    """
+    return (tokens.to(teacher.dtype) - teacher).square().mean((1, 2))
 
 
 def learns_by_head(model: nn.Module) -> bool:

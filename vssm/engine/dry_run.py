@@ -37,7 +37,8 @@ def dry_run(recipe: Recipe, setting: Setting) -> dict[str, float | int]:
             batch = next(iter(run.loader))
             start = time.perf_counter()
             try:
-                images = train_step(run, state, network, batch).images
+                with state.reducing():
+                    images = train_step(run, state, network, batch).images
             except NonFiniteLoss as failure:
                 raise ValueError(f"train: {failure} at step {epoch + 1}") from failure
             state.step += 1

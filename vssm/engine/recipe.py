@@ -1,8 +1,11 @@
 """What a training run is asked to do, as one record of plain values."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from vssm.engine.classifier import ModelSpec
+
+DENSE = "dense"  # as a teacher: the model itself before training, on all tokens
 
 
 @dataclass(frozen=True)
@@ -36,13 +39,16 @@ class Recipe(ModelSpec):
         model_ema: Keep a moving average of the weights, and evaluate that.
         model_ema_decay: Its decay per step.
         model_ema_warmup: Start it with a smaller decay.
-        distill_teacher: Model whose predictions are learnt besides labels; none when None.
+        distill_teacher: Model whose predictions are learnt besides labels; ``dense`` is the model itself before
+            training, on all tokens; none when None.
         distill_checkpoint: File of its weights; the published ones when None.
         distill: What of them is learnt: ``hard``, the most probable class, or ``soft``, all probabilities.
         distill_weight: Part of the loss that the teacher has; labels have the rest.
         distill_temperature: Divides logits before ``soft`` takes probabilities.
+        distill_tokens: Weight of the squared differences to the last tokens of ``dense``, added to the loss.
         mesa: Weight of the cross-entropy to the moving average's predictions, which is added to the loss.
         mesa_start_epoch: Epochs before that.
+        prune: Where to drop or merge tokens, and how, as `vssm.pruning.Schedule.as_dict` says it; nowhere when None.
         amp: Compute in half precision where that is safe.
         amp_dtype: bfloat16 or float16.
         seed: Of the initial weights, the order of images and their augmentation.
@@ -79,8 +85,10 @@ class Recipe(ModelSpec):
     distill: str = "hard"
     distill_weight: float = 0.5
     distill_temperature: float = 1.0
+    distill_tokens: float = 0.0
     mesa: float = 0.0
     mesa_start_epoch: int = 0
+    prune: dict[str, Any] | None = None
     amp: bool = False
     amp_dtype: str = "bfloat16"
     seed: int = 42
@@ -94,6 +102,12 @@ class Recipe(ModelSpec):
             raise ValueError(f"train: expected 0 < scale[0] <= scale[1] <= 1, got {self.scale[0]} and {self.scale[1]}")
         if self.mesa > 0 and not self.model_ema:
             raise ValueError(f"train: expected --model-ema for --mesa {self.mesa:g}, which learns from it, got none")
+        if self.distill_tokens > 0 and (self.distill_teacher != DENSE or self.prune is None):
+            given = "no schedule" if self.prune is None else "a schedule"
+            raise ValueError(
+                f"train: expected --prune and --distill-teacher {DENSE} for --distill-tokens, which compares what is "
+                f"left to the whole, got {given} and {self.distill_teacher}"
+            )
         if self.distill_checkpoint is not None and self.distill_teacher is None:
             raise ValueError(
                 f"train: expected --distill-teacher NAME for the weights in {self.distill_checkpoint}, got none"

@@ -59,7 +59,7 @@ def train(
         training = _Training(run, initial_state(run), StopRequest() if stop is None else stop)
         if resume is not None:
             training.state.load_state_dict(resume)
-        with claimed(setting.output) if distributed.is_main() else nullcontext():
+        with claimed(setting.output) if distributed.is_main() else nullcontext(), training.state.reducing():
             return training.run_all()
 
 

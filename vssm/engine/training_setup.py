@@ -23,9 +23,10 @@ from vssm.data.sampling import TrainingBatches
 from vssm.engine import classifier as classifiers
 from vssm.engine import distributed
 from vssm.engine.classifier import Classifier
-from vssm.engine.distillation import Teacher, learns_by_head, open_teacher
+from vssm.engine.distillation import Teacher, TokenWatch, learns_by_head, open_teacher
 from vssm.engine.recipe import Recipe
 from vssm.engine.training_state import TrainingState
+from vssm.pruning import Schedule, TokenReducer
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -146,10 +147,6 @@ def prepare(recipe: Recipe, setting: Setting, *, fresh: bool) -> Run:
     device = setting.device
     loading: Any = {"share": share, "workers": setting.workers, "device": device}
     size, config = recipe.batch_size, classifier.config
-    teacher = open_teacher(recipe, classifier, device=device, memory_format=setting.memory_format)
-    if teacher is not None and learns_by_head(classifier.model):
-        enable: Any = classifier.model.set_distilled_training
-        enable(True)
     return Run(
         recipe=recipe,
         setting=setting,
@@ -160,7 +157,7 @@ def prepare(recipe: Recipe, setting: Setting, *, fresh: bool) -> Run:
         eval_loader=eval_loader(held_out, config, batch_size=-(-size // share.ranks), **loading),
         mix=_mix(recipe, classifier.spec.num_classes or 0),
         amp_dtype=_DTYPES[recipe.amp_dtype] if recipe.amp else None,
-        teacher=teacher,
+        teacher=_teacher(recipe, setting, classifier),
     )
 
 
@@ -171,6 +168,15 @@ def _student(recipe: Recipe, setting: Setting, classes: Sequence[str], *, fresh:
     if fresh and setting.initial_checkpoint is not None:
         classifiers.load_initial(classifier, setting.initial_checkpoint, new_head=setting.new_head)
     return classifier
+
+
+def _teacher(recipe: Recipe, setting: Setting, student: Classifier) -> Teacher | None:
+    """The teacher, for whom a student with two classifiers gives out what either says."""
+    teacher = open_teacher(recipe, student, device=setting.device, memory_format=setting.memory_format)
+    if teacher is not None and learns_by_head(student.model):
+        enable: Any = student.model.set_distilled_training
+        enable(True)
+    return teacher
 
 
 def _check(recipe: Recipe, setting: Setting) -> None:
@@ -217,6 +223,7 @@ def initial_state(run: Run) -> TrainingState:
     if recipe.model_ema:
         options: Any = {"decay": recipe.model_ema_decay, "use_warmup": recipe.model_ema_warmup}
         ema = ModelEmaV3(model, foreach=not setting.fsdp, **options)  # parameters that are cut, buffers that are not
+    reducers = _reducers(recipe, (model,) if ema is None else (model, ema.module))  # they know no sharded blocks
     if setting.fsdp:
         distributed.shard(model)
         if ema is not None:
@@ -234,7 +241,24 @@ def initial_state(run: Run) -> TrainingState:
     )
     assert scheduler is not None, "timm returns none only for sched='none'"
     scaler = torch.amp.GradScaler(setting.device.type, enabled=run.amp_dtype == torch.float16)
-    return TrainingState(model, optimizer, scheduler, scaler, steps_per_epoch=len(run.batches), ema=ema)
+    return TrainingState(
+        model,
+        optimizer,
+        scheduler,
+        scaler,
+        steps_per_epoch=len(run.batches),
+        ema=ema,
+        reducers=reducers,
+        watch=TokenWatch(model) if recipe.distill_tokens > 0 else None,
+    )
+
+
+def _reducers(recipe: Recipe, models: Sequence[nn.Module]) -> tuple[TokenReducer, ...]:
+    """A reducer of each model, not open yet; none without a schedule."""
+    if recipe.prune is None:
+        return ()
+    schedule = Schedule.from_dict(recipe.prune)
+    return tuple(schedule.reducer(model) for model in models)
 
 
 def network_of(run: Run, state: TrainingState) -> nn.Module:

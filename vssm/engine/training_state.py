@@ -1,6 +1,7 @@
 """All that changes in the course of training, and how it becomes plain values and comes back."""
 
 import logging
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from typing import Any
@@ -11,7 +12,9 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from vssm.engine.distillation import TokenWatch
 from vssm.engine.distributed import cut_like, share, whole
+from vssm.pruning import TokenReducer
 
 _logger = logging.getLogger(__name__)
 
@@ -55,6 +58,8 @@ class TrainingState:
         scaler: Scaler of the loss for float16; disabled for other types.
         steps_per_epoch: Steps that make up an epoch.
         ema: Moving average of the weights, if there is one.
+        reducers: Of the tokens of the model and of its moving average, where they are reduced.
+        watch: Keeps the model's last tokens, where they are compared to a teacher's.
         step: Steps done, since the first epoch.
         sums: Of the epoch that is under way.
         history: One record per epoch done.
@@ -68,6 +73,8 @@ class TrainingState:
     scaler: torch.amp.GradScaler
     steps_per_epoch: int
     ema: ModelEmaV3 | None = None
+    reducers: tuple[TokenReducer, ...] = ()
+    watch: TokenWatch | None = None
     step: int = 0
     sums: EpochSums = field(default_factory=EpochSums)
     history: list[dict[str, float | int]] = field(default_factory=list)
@@ -87,6 +94,13 @@ class TrainingState:
     def evaluated(self) -> nn.Module:
         """The model that is evaluated and kept: the moving average, if there is one."""
         return self.model if self.ema is None else self.ema.module
+
+    def reducing(self) -> ExitStack:
+        """Context in which model and moving average compute on fewer tokens, where they are to."""
+        with ExitStack() as stack:
+            for reducer in self.reducers:
+                stack.enter_context(reducer)
+            return stack.pop_all()
 
     def state_dict(self) -> dict[str, Any]:
         """The state in values and whole tensors on the CPU; all processes must take part."""

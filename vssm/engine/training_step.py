@@ -107,7 +107,9 @@ def _forward_and_backward(
         with distributed.gradients_kept_apart(network, number < len(parts)):
             guides = _guides(run, state, images)
             with autocast(run.setting.device, run.amp_dtype):
-                loss = sum_of_losses(run.recipe, network(images), targets, guides)
+                outputs = network(images)
+                tokens = _tokens(state, guides)
+                loss = sum_of_losses(run.recipe, outputs, targets=targets, guides=guides, tokens=tokens)
             losses.append(_OnItsWay(loss.detach()))
             state.scaler.scale(loss * scale).backward()
     return sum(each.value() for each in losses)
@@ -115,14 +117,23 @@ def _forward_and_backward(
 
 def _guides(run: Run, state: TrainingState, images: Tensor) -> Guides:
     """What teacher and moving average say of images; the teacher computes in its own precision."""
-    teacher = None if run.teacher is None else run.teacher.logits(images)
+    teacher, tokens = (None, None) if run.teacher is None else run.teacher.ask(images)
     if state.ema is None or run.recipe.mesa == 0 or state.epoch < run.recipe.mesa_start_epoch:
-        return Guides(teacher)
+        return Guides(teacher, tokens)
     ranks = distributed.share().ranks
     if ranks > 1:  # a run that goes on has the statistics of batch norms of the main process alone
         distribute_bn(state.ema.module, ranks, reduce=False)
     with torch.no_grad(), autocast(run.setting.device, run.amp_dtype):
-        return Guides(teacher, state.ema.module(images).float())
+        return Guides(teacher, tokens, state.ema.module(images).float())
+
+
+def _tokens(state: TrainingState, guides: Guides) -> tuple[Tensor, Tensor] | None:
+    """The last tokens of the model and of its teacher, if they are compared: those that the model still computes on."""
+    if state.watch is None or guides.tokens is None:
+        return None
+    ours, theirs = state.watch.take(), guides.tokens
+    left = state.reducers[0].last_map
+    return (ours, theirs) if left is None else (left.gather(ours), left.gather(theirs))
 
 
 class _OnItsWay:

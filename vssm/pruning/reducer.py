@@ -135,7 +135,9 @@ class TokenReducer:
         self.align = align
         self.conv = conv or ("compact" if align == "none" else "grid")
         self.maps: dict[int, TokenMap] = {}
-        self._places = [place for place in _places(self.backbone, self.after) if place.hooked]
+        places = list(_places(self.backbone, self.after))
+        self._places = [place for place in places if place.hooked]
+        self._cuts_of_last_stage = places[-1].earlier
         for place in self._places:
             check_block(place.block, place.name, conv=self.conv)
         self._handles: list[RemovableHandle] = []
@@ -146,6 +148,11 @@ class TokenReducer:
         self._runs = WeakIdKeyDictionary()  # by the input of a block
         self._bank: dict[int, Tensor] = {}  # tokens that each cut of the run has dropped without merging
         self._seen: dict[str, Any] = {}  # parts of a trace
+
+    @property
+    def last_map(self) -> TokenMap | None:
+        """The tokens on which the last block of the last forward pass computed; None if no cut is in its stage."""
+        return self.maps[self._cuts_of_last_stage[-1]] if self._cuts_of_last_stage else None
 
     def __enter__(self) -> "TokenReducer":
         if "forward" in vars(self.backbone.stem):

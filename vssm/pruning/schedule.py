@@ -66,6 +66,14 @@ class Schedule:
         """The schedule as values that JSON has."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Schedule":
+        """The schedule that `as_dict` has written."""
+        arguments: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+        }
+        return cls(**arguments)
+
 
 def read_schedule(path: str | os.PathLike) -> Schedule:
     """Reads a schedule from a YAML file whose keys are the arguments of `Schedule`.
@@ -87,9 +95,5 @@ def read_schedule(path: str | os.PathLike) -> Schedule:
         parts = value if isinstance(value, list) and several else [value]
         if not all(isinstance(part, kind) and not isinstance(part, bool) for part in parts):
             raise ValueError(f"{path}: {name} must be {spelled}, got {value!r}")
-    values: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in content.items()
-    }
-    if isinstance(values["after"], int):
-        values["after"] = (values["after"],)
-    return Schedule(**values)
+    after = content["after"]
+    return Schedule.from_dict({**content, "after": [after] if isinstance(after, int) else after})
