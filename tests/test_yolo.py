@@ -242,6 +242,16 @@ def test_sides_of_any_length():
         assert len(each["labels"]) == 20
 
 
+def test_the_best_candidates_are_compared(monkeypatch):
+    detector = small_detector().eval()
+    images = torch.rand(1, 3, 64, 64)
+    (everything,) = detector.detect(images, threshold=0.0, iou_threshold=1.0, most=10_000)
+    assert len(everything["scores"]) == 4 * (8 * 8 + 4 * 4 + 2 * 2)
+    monkeypatch.setattr("vssm.yolo.detector._CANDIDATES", 25)
+    (few,) = detector.detect(images, threshold=0.0, iou_threshold=1.0, most=10_000)
+    torch.testing.assert_close(few["scores"], everything["scores"][:25])
+
+
 def test_wrong_maps_are_refused():
     neck = MambaYoloNeck([8, 16])
     with pytest.raises(ValueError, match=r"MambaYoloNeck: expected maps of \[8, 16\] channels, got \[8, 8\]"):

@@ -5,6 +5,7 @@
 
 from vssm.yolo.detector import MambaYoloDetector
 from vssm.yolo.head import YoloHead
+from vssm.yolo.loss import Objects
 from vssm.yolo.neck import MambaYoloNeck
 
-__all__ = ["MambaYoloDetector", "MambaYoloNeck", "YoloHead"]
+__all__ = ["MambaYoloDetector", "MambaYoloNeck", "Objects", "YoloHead"]

@@ -15,6 +15,7 @@ from vssm.yolo.neck import MambaYoloNeck
 
 # Scans in each block of the neck of the published sizes.
 _NECK_MIXERS = {"mambayolo_large": 2}
+_CANDIDATES = 30_000  # pairs of a box and a class, the best ones, that are compared for overlap
 
 
 class MambaYoloDetector(nn.Module):
@@ -67,11 +68,13 @@ class MambaYoloDetector(nn.Module):
         Returns:
             For each image ``boxes`` (n, 4): x0, y0, x1, y1 in pixels, ``scores`` (n,) and ``labels`` (n,), best first.
         """
-        cells = self(images)
-        limits = torch.tensor(images.shape[:1:-1] * 2, device=images.device)  # width, height, width, height
+        cells, (height, width) = self(images), images.shape[2:]
+        limits = torch.tensor([width, height, width, height], device=images.device)
         found = []
         for boxes, scores in zip(cells.boxes(), cells.classes.sigmoid(), strict=True):
             places, labels = (scores > threshold).nonzero(as_tuple=True)
+            best = scores[places, labels].topk(min(len(places), _CANDIDATES)).indices
+            places, labels = places[best], labels[best]
             chosen, scores = boxes[places].clamp(min=0).minimum(limits), scores[places, labels]
             kept = batched_nms(chosen, scores, labels, iou_threshold)[:most]
             found.append({"boxes": chosen[kept], "scores": scores[kept], "labels": labels[kept]})
