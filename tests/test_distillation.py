@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from image_folders import TINY, StopAtLook, make_folder
@@ -26,11 +27,12 @@ from vssm.engine.distillation import (
     soft_distillation,
     sum_of_losses,
 )
+from vssm.engine.nonfinite import explain
 from vssm.engine.recipe import Recipe
 from vssm.engine.stopping import Stopped
 from vssm.engine.train import train
 from vssm.engine.training_setup import Setting, initial_state, prepare
-from vssm.engine.training_step import train_step
+from vssm.engine.training_step import NonFiniteLoss, train_step
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 CPU = torch.device("cpu")
@@ -297,3 +299,24 @@ def test_published_recipes_learn_from_whom_the_authors_say():
         **{f"a2mamba_{size}": (w, 75) for size, w in (("tiny", 1), ("small", 1), ("base", 1.5), ("large", 2))},
     }
     assert timm.get_pretrained_cfg(teacher[0]).url.endswith("/regnety_160-a5fe301d.pth")  # the file of DeiT's authors
+
+
+@pytest.mark.parametrize("guide", ["teacher", "moving average"])
+def test_guide_that_is_not_finite_is_named(folder, tmp_path, distilled, guide):
+    run = prepare(replace(distilled, mesa=1.0), Setting(folder, tmp_path / "run", CPU), fresh=True)
+    state = initial_state(run)
+    model = run.teacher.model if guide == "teacher" else state.ema.module
+    with torch.no_grad():
+        next(model.parameters()).fill_(float("nan"))
+    with pytest.raises(NonFiniteLoss) as failure:
+        train_step(run, state, state.model, next(iter(run.loader)))
+    assert f"first, the output of the {guide} is not finite" in explain(run, state, failure.value)
+
+
+def test_both_classifiers_get_a_new_head(folder, tmp_path):
+    path = _teacher_file(tmp_path / "three.safetensors", model="test_groupmamba", classes=("a", "b", "c"))
+    recipe = replace(RECIPE, model="test_groupmamba", model_kwargs={}, img_size=(32, 32), num_classes=2)
+    setting = Setting(folder, tmp_path / "run", CPU, initial_checkpoint=Path(path), new_head=True)
+    own, stored = prepare(recipe, setting, fresh=True).classifier.model.state_dict(), load_file(path)
+    heads = {name for name in own if not torch.equal(own[name], stored[name])}
+    assert heads == {f"head.{layer}.{kind}" for layer in ("fc", "fc_dist") for kind in ("weight", "bias")}

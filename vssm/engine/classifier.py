@@ -183,13 +183,15 @@ def load_initial(classifier: Classifier, path: str | os.PathLike, *, new_head: b
         FileNotFoundError: There is no such file.
         ValueError: The weights do not fit, or cannot be read.
     """
-    weights = checkpoint.read(path)
-    own = classifier.model.state_dict()
-    configuration: Any = classifier.model.pretrained_cfg
-    for key in (f"{configuration['classifier']}.{kind}" for kind in ("weight", "bias")):
+    model: Any = classifier.model
+    weights, own = checkpoint.to_model_keys(checkpoint.read(path), model), model.state_dict()
+    layers = model.pretrained_cfg["classifier"]
+    names = (layers,) if isinstance(layers, str) else layers  # distilled models have two
+    for key in (f"{name}.{kind}" for name in names for kind in ("weight", "bias")):
         if new_head and key in weights and weights[key].shape != own[key].shape:
             weights[key] = own[key]
-    checkpoint.load(classifier.model, weights)
+    checkpoint.check(model, weights)
+    model.load_state_dict(weights)
 
 
 def save(path: str | os.PathLike, classifier: Classifier, weights: dict[str, Tensor], facts: dict[str, Any]) -> None:

@@ -216,7 +216,8 @@ def hard_distillation(logits: Tensor, teacher: Tensor) -> Tensor:
         Touvron et al., "Training data-efficient image transformers", ICML 2021, equation 3,
         https://arxiv.org/abs/2012.12877
     """
-    return cross_entropy(logits.to(teacher.dtype), teacher.argmax(1), reduction="none")
+    losses = cross_entropy(logits.to(teacher.dtype), teacher.argmax(1), reduction="none")
+    return losses.masked_fill(~teacher.isfinite().all(1), float("nan"))  # argmax hides what is not a number
 
 
 def soft_distillation(logits: Tensor, teacher: Tensor, *, temperature: float) -> Tensor:

@@ -12,8 +12,15 @@ from vssm.engine.checkpoints import BATCH_FILE
 from vssm.engine.evaluate import autocast
 from vssm.engine.training_setup import Run
 from vssm.engine.training_state import TrainingState
-from vssm.engine.training_step import NonFiniteLoss, seed_network
+from vssm.engine.training_step import NonFiniteLoss, guides_of, seed_network
 from vssm.files import atomic_path
+
+# What guides say, by their names.
+_SAID_BY = {
+    "teacher": "the output of the teacher",
+    "tokens": "the last tokens of the teacher",
+    "average": "the output of the moving average",
+}
 
 
 def explain(run: Run, state: TrainingState, failure: NonFiniteLoss) -> str:
@@ -57,6 +64,9 @@ def _cause(run: Run, state: TrainingState, parts: list[tuple[Tensor, Tensor]]) -
     seed_network(run, state)
     with _first_non_finite(state.model) as found, torch.no_grad(), torch.compiler.set_stance("force_eager"):
         for images, _ in parts:
+            for name, said in guides_of(run, state, images)._asdict().items():
+                if said is not None and not said.isfinite().all():
+                    return _SAID_BY[name]
             with autocast(run.setting.device, run.amp_dtype):
                 state.model(images)
     return found[0] if found else None

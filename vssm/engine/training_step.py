@@ -105,7 +105,7 @@ def _forward_and_backward(
     losses = []
     for number, (images, targets) in enumerate(parts, start=1):
         with distributed.gradients_kept_apart(network, number < len(parts)):
-            guides = _guides(run, state, images)
+            guides = guides_of(run, state, images)
             with autocast(run.setting.device, run.amp_dtype):
                 outputs = network(images)
                 tokens = _tokens(state, guides)
@@ -115,7 +115,7 @@ def _forward_and_backward(
     return sum(each.value() for each in losses)
 
 
-def _guides(run: Run, state: TrainingState, images: Tensor) -> Guides:
+def guides_of(run: Run, state: TrainingState, images: Tensor) -> Guides:
     """What teacher and moving average say of images; the teacher computes in its own precision."""
     teacher, tokens = (None, None) if run.teacher is None else run.teacher.ask(images)
     if state.ema is None or run.recipe.mesa == 0 or state.epoch < run.recipe.mesa_start_epoch:
