@@ -9,7 +9,7 @@ places in such a grid, tokens places in the map.
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,19 +20,24 @@ from torch import Tensor
 from vssm_kernels.tables import cached
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+SIGNS = tl.constexpr(-0x7FFF8000)  # the sign bits of two packed numbers
+NOWHERE = tl.constexpr(4096)  # a row or column that is in no window
 
 
 @dataclass(frozen=True)
 class LaunchConfig:
     """Sizes of a launch."""
 
+    block: int  # tokens of a step of the walk
+    columns: int = 16  # of it at most, half of them where a rectangle is not wider
     sides: tuple[int, ...] = (8, 4)  # of a tile, the first that costs least along its axis; 16 tokens at least
-    block: int = 32  # tokens of a step of the walk
-    queries_per_warp: int = 16  # the rows of one instruction of the tensor cores
+    tokens_per_warp: int = 16  # of a tile: the rows of one instruction of the tensor cores
     stages: int = 1  # steps whose loads are in flight
 
 
-CONFIG = LaunchConfig()
+# Registers decide: more of a tile's pairs at once would leave room for fewer warps.
+FORWARD = LaunchConfig(block=32)
+BACKWARD = LaunchConfig(block=16)
 # Programs from which on samples are summed inside a program rather than kept apart: some for each multiprocessor.
 BUSY = 2048
 
@@ -117,17 +122,34 @@ def _queries_of_tile(tile, members, SIDE: tl.constexpr, WINDOW: tl.constexpr):
 
 
 @triton.jit
-def _step(step, first_y, first_x, span_y, span_x, BLOCK: tl.constexpr):
-    """Ranks of a block of a rectangle, and which exist; others are the first of the rectangle."""
-    index = step * BLOCK + tl.arange(0, BLOCK)
-    exists = index < span_y * span_x
-    index = tl.where(exists, index, 0)
-    return first_y + index // span_x, first_x + index % span_x, exists
+def _steps(span_y, span_x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """How many blocks a rectangle has."""
+    return tl.cdiv(span_y, ROWS) * tl.cdiv(span_x, COLUMNS)
 
 
 @triton.jit
-def _tokens(y, x, remainder_y, remainder_x, dilation_y, dilation_x, width):
-    return ((y * dilation_y + remainder_y) * width + x * dilation_x + remainder_x).to(tl.int64)
+def _corner(step, span_x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Row and column of a block in a rectangle."""
+    across = tl.cdiv(span_x, COLUMNS)
+    return step // across * ROWS, step % across * COLUMNS
+
+
+@triton.jit
+def _block(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows and columns of a block, from its corner on."""
+    index = tl.arange(0, ROWS * COLUMNS)
+    return index // COLUMNS, index % COLUMNS
+
+
+@triton.jit
+def _token(y, x, remainder_y, remainder_x, dilation_y, dilation_x, width):
+    return (y * dilation_y + remainder_y) * width + x * dilation_x + remainder_x
+
+
+@triton.jit
+def _packed(y, x):
+    """Two small numbers in one, which can be subtracted from another pair and compared at once; see `_biases`."""
+    return y * 65536 + x
 
 
 @triton.jit
@@ -152,23 +174,38 @@ def _store(rows, tokens, exists, stride, values, DIM: tl.constexpr, PADDED: tl.c
 
 
 @triton.jit
-def _product(a, b, WIDE: tl.constexpr):
-    """a·b in float32, of rounded numbers where one of them is rounded; ``WIDE`` where products of such are missing."""
+def _product(a, b, sums, WIDE: tl.constexpr):
+    """Adds a·b to ``sums``, both rounded where one of them is; ``WIDE`` where such products are missing."""
     if WIDE:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), sums, input_precision="ieee")
     if a.dtype != b.dtype:
         a = a.to(b.dtype)
-    return tl.dot(a, b, input_precision="ieee")
+    return tl.dot(a, b, sums, input_precision="ieee")
 
 
 @triton.jit
-def _biases(bias, query_y, query_x, key_y, key_x, start_y, start_x, exists, WINDOW: tl.constexpr):
-    """Biases of pairs, whose coordinates broadcast, −∞ where the query does not see the key."""
-    SIDE: tl.constexpr = 2 * WINDOW - 1
-    row, column = key_y - start_y, key_x - start_x
-    seen = exists & (row >= 0) & (row < WINDOW) & (column >= 0) & (column < WINDOW)
-    at = (key_y * SIDE + key_x) - (query_y * SIDE + query_x) + (WINDOW - 1) * (SIDE + 1)
-    return tl.load(bias + at, mask=seen, other=-float("inf")).to(tl.float32)
+def _biases(table, keys, starts, at, WINDOW: tl.constexpr):
+    """Biases of pairs, which broadcast, −∞ where the query does not see the key.
+
+    ``keys`` and ``starts``, keys and the first ones of windows, are packed, so their difference is the place in the
+    window. In it, and in what is left to the end of the window, a negative row or column sets a sign bit; a negative
+    column takes 1 from the row, which is of no account then. ``at`` is where in the table biases are.
+    """
+    place = keys - starts
+    seen = ((place | (_packed(WINDOW - 1, WINDOW - 1) - place)) & SIGNS) == 0
+    return tl.load(table + at, mask=seen, other=-float("inf")).to(tl.float32)
+
+
+@triton.jit
+def _in_table(y, x, WINDOW: tl.constexpr):
+    """Where in a table of biases something is that many rows and columns further on."""
+    return y * (2 * WINDOW - 1) + x
+
+
+@triton.jit
+def _table(bias, head, WINDOW: tl.constexpr):
+    """The table of a head, at the bias of a query's own token."""
+    return bias + head * (2 * WINDOW - 1) * (2 * WINDOW - 1) + _in_table(WINDOW - 1, WINDOW - 1, WINDOW)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -176,7 +213,7 @@ def attention_forward_kernel(
     q, k, v, bias, y, lse, heads, height, width, dilation_y, dilation_x, tiles_y, tiles_x,
     q_sample, q_token, q_head, k_sample, k_token, k_head, v_sample, v_token, v_head,
     DIM: tl.constexpr, PADDED: tl.constexpr, VALUES: tl.constexpr, PADDED_VALUES: tl.constexpr,
-    WINDOW: tl.constexpr, SIDE_Y: tl.constexpr, SIDE_X: tl.constexpr, BLOCK: tl.constexpr,
+    WINDOW: tl.constexpr, SIDE_Y: tl.constexpr, SIDE_X: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     ALIGNED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Writes y (b, l, heads, f) and lse (b, heads, l), the logarithms of sums of exponentials, of a tile."""
@@ -185,34 +222,38 @@ def attention_forward_kernel(
     )
     length = height.to(tl.int64) * width
     query_y, query_x, is_query = _tile(tile_y, tile_x, members_y, members_x, SIDE_Y, SIDE_X)
-    start_y, start_x = _start(query_y, members_y, WINDOW), _start(query_x, members_x, WINDOW)
-    tokens = _tokens(query_y, query_x, remainder_y, remainder_x, dilation_y, dilation_x, width)
+    tokens = _token(query_y, query_x, remainder_y, remainder_x, dilation_y, dilation_x, width).to(tl.int64)
     q_tile = _load(
         _rows_of(q, sample, head, q_sample, q_head, ALIGNED), tokens, is_query, q_token, DIM, PADDED, ALIGNED
     )
     k_rows = _rows_of(k, sample, head, k_sample, k_head, ALIGNED)
     v_rows = _rows_of(v, sample, head, v_sample, v_head, ALIGNED)
-    bias += head * (2 * WINDOW - 1) * (2 * WINDOW - 1)
+    bias = _table(bias, head, WINDOW)
 
     highest = tl.full((SIDE_Y * SIDE_X,), -1e30, tl.float32)  # not −∞, whose difference to itself is no number
     total = tl.zeros((SIDE_Y * SIDE_X,), tl.float32)
     sums = tl.zeros((SIDE_Y * SIDE_X, PADDED_VALUES), tl.float32)
     first_y, span_y = _keys_of_tile(tile_y, members_y, SIDE_Y, WINDOW)
     first_x, span_x = _keys_of_tile(tile_x, members_x, SIDE_X, WINDOW)
-    for step in range(tl.cdiv(span_y * span_x, BLOCK)):
-        key_y, key_x, is_key = _step(step, first_y, first_x, span_y, span_x, BLOCK)
-        keys = _tokens(key_y, key_x, remainder_y, remainder_x, dilation_y, dilation_x, width)
+    starts = _packed(_start(query_y, members_y, WINDOW) - first_y, _start(query_x, members_x, WINDOW) - first_x)
+    key_y, key_x = _block(ROWS, COLUMNS)
+    packed = _packed(key_y, key_x)
+    at = _in_table(key_y, key_x, WINDOW)[None, :] - _in_table(query_y - first_y, query_x - first_x, WINDOW)[:, None]
+    block = _token(key_y + first_y, key_x + first_x, remainder_y, remainder_x, dilation_y, dilation_x, width)
+    for step in range(_steps(span_y, span_x, ROWS, COLUMNS)):
+        down, right = _corner(step, span_x, ROWS, COLUMNS)
+        is_key = (key_y + down < span_y) & (key_x + right < span_x)
+        keys = (block + down * dilation_y * width + right * dilation_x).to(tl.int64)
         k_block = _load(k_rows, keys, is_key, k_token, DIM, PADDED, ALIGNED)
         v_block = _load(v_rows, keys, is_key, v_token, VALUES, PADDED_VALUES, ALIGNED)
-        scores = _product(q_tile, tl.trans(k_block), WIDE) + _biases(
-            bias, query_y[:, None], query_x[:, None], key_y[None, :], key_x[None, :], start_y[:, None],
-            start_x[:, None], is_key[None, :], WINDOW,
-        )  # fmt: skip
+        table = bias + _in_table(down, right, WINDOW)
+        biases = _biases(table, (packed + _packed(down, right))[None, :], starts[:, None], at, WINDOW)
+        scores = _product(q_tile, tl.trans(k_block), biases, WIDE)
         higher = tl.maximum(highest, tl.max(scores, 1))
-        weights = tl.exp2((scores - higher[:, None]) * LOG2_E)
+        weights = tl.exp2(scores * LOG2_E - (higher * LOG2_E)[:, None])
         shrink = tl.exp2((highest - higher) * LOG2_E)
         total = total * shrink + tl.sum(weights, 1)
-        sums = sums * shrink[:, None] + _product(weights, v_block, WIDE)
+        sums = _product(weights, v_block, sums * shrink[:, None], WIDE)
         highest = higher
 
     y_rows = y + (sample * length * heads + head) * VALUES
@@ -225,7 +266,7 @@ def attention_queries_kernel(
     q, k, v, bias, y, lse, dy, dq, dots, heads, height, width, dilation_y, dilation_x, tiles_y, tiles_x,
     q_sample, q_token, q_head, k_sample, k_token, k_head, v_sample, v_token, v_head, dy_sample, dy_token, dy_head,
     DIM: tl.constexpr, PADDED: tl.constexpr, VALUES: tl.constexpr, PADDED_VALUES: tl.constexpr,
-    WINDOW: tl.constexpr, SIDE_Y: tl.constexpr, SIDE_X: tl.constexpr, BLOCK: tl.constexpr,
+    WINDOW: tl.constexpr, SIDE_Y: tl.constexpr, SIDE_X: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     ALIGNED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Writes dq (b, l, heads, e), and dots (b, heads, l), Σ dy·y before y was rounded, of a tile."""
@@ -234,8 +275,7 @@ def attention_queries_kernel(
     )
     length = height.to(tl.int64) * width
     query_y, query_x, is_query = _tile(tile_y, tile_x, members_y, members_x, SIDE_Y, SIDE_X)
-    start_y, start_x = _start(query_y, members_y, WINDOW), _start(query_x, members_x, WINDOW)
-    tokens = _tokens(query_y, query_x, remainder_y, remainder_x, dilation_y, dilation_x, width)
+    tokens = _token(query_y, query_x, remainder_y, remainder_x, dilation_y, dilation_x, width).to(tl.int64)
     q_tile = _load(
         _rows_of(q, sample, head, q_sample, q_head, ALIGNED), tokens, is_query, q_token, DIM, PADDED, ALIGNED
     )
@@ -243,7 +283,7 @@ def attention_queries_kernel(
     v_rows = _rows_of(v, sample, head, v_sample, v_head, ALIGNED)
     dy_rows = _rows_of(dy, sample, head, dy_sample, dy_head, ALIGNED)
     y_rows = y + (sample * length * heads + head) * VALUES
-    bias += head * (2 * WINDOW - 1) * (2 * WINDOW - 1)
+    bias = _table(bias, head, WINDOW)
     of_tokens = (sample * heads + head) * length + tokens
     dy_tile = _load(dy_rows, tokens, is_query, dy_token, VALUES, PADDED_VALUES, ALIGNED)
     y_tile = _load(y_rows, tokens, is_query, heads * VALUES, VALUES, PADDED_VALUES, VALUES & -VALUES)
@@ -253,21 +293,27 @@ def attention_queries_kernel(
     gradient = tl.zeros((SIDE_Y * SIDE_X, PADDED), tl.float32)
     average = tl.zeros((SIDE_Y * SIDE_X, PADDED), tl.float32)
     excess = tl.zeros((SIDE_Y * SIDE_X,), tl.float32)
+    minus_dot = tl.broadcast_to(-dot[:, None], (SIDE_Y * SIDE_X, ROWS * COLUMNS))
     first_y, span_y = _keys_of_tile(tile_y, members_y, SIDE_Y, WINDOW)
     first_x, span_x = _keys_of_tile(tile_x, members_x, SIDE_X, WINDOW)
-    for step in range(tl.cdiv(span_y * span_x, BLOCK)):
-        key_y, key_x, is_key = _step(step, first_y, first_x, span_y, span_x, BLOCK)
-        keys = _tokens(key_y, key_x, remainder_y, remainder_x, dilation_y, dilation_x, width)
+    starts = _packed(_start(query_y, members_y, WINDOW) - first_y, _start(query_x, members_x, WINDOW) - first_x)
+    key_y, key_x = _block(ROWS, COLUMNS)
+    packed = _packed(key_y, key_x)
+    at = _in_table(key_y, key_x, WINDOW)[None, :] - _in_table(query_y - first_y, query_x - first_x, WINDOW)[:, None]
+    block = _token(key_y + first_y, key_x + first_x, remainder_y, remainder_x, dilation_y, dilation_x, width)
+    for step in range(_steps(span_y, span_x, ROWS, COLUMNS)):
+        down, right = _corner(step, span_x, ROWS, COLUMNS)
+        is_key = (key_y + down < span_y) & (key_x + right < span_x)
+        keys = (block + down * dilation_y * width + right * dilation_x).to(tl.int64)
         k_block = _load(k_rows, keys, is_key, k_token, DIM, PADDED, ALIGNED)
         v_block = _load(v_rows, keys, is_key, v_token, VALUES, PADDED_VALUES, ALIGNED)
-        scores = _product(q_tile, tl.trans(k_block), WIDE) + _biases(
-            bias, query_y[:, None], query_x[:, None], key_y[None, :], key_x[None, :], start_y[:, None],
-            start_x[:, None], is_key[None, :], WINDOW,
-        )  # fmt: skip
-        weights = tl.exp2((scores - level[:, None]) * LOG2_E)
-        dscores = weights * (_product(dy_tile, tl.trans(v_block), WIDE) - dot[:, None])
-        gradient += _product(dscores, k_block, WIDE)
-        average += _product(weights, k_block, WIDE)
+        table = bias + _in_table(down, right, WINDOW)
+        biases = _biases(table, (packed + _packed(down, right))[None, :], starts[:, None], at, WINDOW)
+        scores = _product(q_tile, tl.trans(k_block), biases, WIDE)
+        weights = tl.exp2(scores * LOG2_E - (level * LOG2_E)[:, None])
+        dscores = weights * _product(dy_tile, tl.trans(v_block), minus_dot, WIDE)
+        gradient = _product(dscores, k_block, gradient, WIDE)
+        average = _product(weights, k_block, average, WIDE)
         excess += tl.sum(dscores, 1)
 
     # Gradients of scores sum to zero; what they sum to here is the error of dot, which y has by being rounded.
@@ -282,7 +328,7 @@ def attention_keys_kernel(
     q, k, v, bias, lse, dy, dk, dv, dots, heads, height, width, dilation_y, dilation_x, tiles_y, tiles_x,
     q_sample, q_token, q_head, k_sample, k_token, k_head, v_sample, v_token, v_head, dy_sample, dy_token, dy_head,
     DIM: tl.constexpr, PADDED: tl.constexpr, VALUES: tl.constexpr, PADDED_VALUES: tl.constexpr,
-    WINDOW: tl.constexpr, SIDE_Y: tl.constexpr, SIDE_X: tl.constexpr, BLOCK: tl.constexpr,
+    WINDOW: tl.constexpr, SIDE_Y: tl.constexpr, SIDE_X: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     ALIGNED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Writes dk (b, l, heads, e) and dv (b, l, heads, f) of a tile of keys, over whose queries it walks."""
@@ -291,13 +337,13 @@ def attention_keys_kernel(
     )
     length = height.to(tl.int64) * width
     key_y, key_x, is_key = _tile(tile_y, tile_x, members_y, members_x, SIDE_Y, SIDE_X)
-    tokens = _tokens(key_y, key_x, remainder_y, remainder_x, dilation_y, dilation_x, width)
+    tokens = _token(key_y, key_x, remainder_y, remainder_x, dilation_y, dilation_x, width).to(tl.int64)
     k_tile = _load(_rows_of(k, sample, head, k_sample, k_head, ALIGNED), tokens, is_key, k_token, DIM, PADDED, ALIGNED)
     v_rows = _rows_of(v, sample, head, v_sample, v_head, ALIGNED)
     v_tile = _load(v_rows, tokens, is_key, v_token, VALUES, PADDED_VALUES, ALIGNED)
     q_rows = _rows_of(q, sample, head, q_sample, q_head, ALIGNED)
     dy_rows = _rows_of(dy, sample, head, dy_sample, dy_head, ALIGNED)
-    bias += head * (2 * WINDOW - 1) * (2 * WINDOW - 1)
+    bias = _table(bias, head, WINDOW)
     lse += (sample * heads + head) * length
     dots += (sample * heads + head) * length
 
@@ -305,22 +351,29 @@ def attention_keys_kernel(
     dv_tile = tl.zeros((SIDE_Y * SIDE_X, PADDED_VALUES), tl.float32)
     first_y, span_y = _queries_of_tile(tile_y, members_y, SIDE_Y, WINDOW)
     first_x, span_x = _queries_of_tile(tile_x, members_x, SIDE_X, WINDOW)
-    for step in range(tl.cdiv(span_y * span_x, BLOCK)):
-        query_y, query_x, is_query = _step(step, first_y, first_x, span_y, span_x, BLOCK)
-        start_y, start_x = _start(query_y, members_y, WINDOW), _start(query_x, members_x, WINDOW)
-        queries = _tokens(query_y, query_x, remainder_y, remainder_x, dilation_y, dilation_x, width)
+    packed = _packed(key_y - first_y, key_x - first_x)
+    query_y, query_x = _block(ROWS, COLUMNS)
+    at = _in_table(key_y - first_y, key_x - first_x, WINDOW)[:, None] - _in_table(query_y, query_x, WINDOW)[None, :]
+    block = _token(query_y + first_y, query_x + first_x, remainder_y, remainder_x, dilation_y, dilation_x, width)
+    for step in range(_steps(span_y, span_x, ROWS, COLUMNS)):
+        down, right = _corner(step, span_x, ROWS, COLUMNS)
+        is_query = (query_y + down < span_y) & (query_x + right < span_x)
+        queries = (block + down * dilation_y * width + right * dilation_x).to(tl.int64)
+        start_y = _start(query_y + (down + first_y), members_y, WINDOW) - first_y
+        start_x = _start(query_x + (right + first_x), members_x, WINDOW) - first_x
+        starts = _packed(tl.where(is_query, start_y, NOWHERE), start_x)
         q_block = _load(q_rows, queries, is_query, q_token, DIM, PADDED, ALIGNED)
         dy_block = _load(dy_rows, queries, is_query, dy_token, VALUES, PADDED_VALUES, ALIGNED)
         level = tl.load(lse + queries, mask=is_query, other=0.0)
         dot = tl.load(dots + queries, mask=is_query, other=0.0)
-        scores = _product(k_tile, tl.trans(q_block), WIDE) + _biases(
-            bias, query_y[None, :], query_x[None, :], key_y[:, None], key_x[:, None], start_y[None, :],
-            start_x[None, :], is_query[None, :], WINDOW,
-        )  # fmt: skip
-        weights = tl.exp2((scores - level[None, :]) * LOG2_E)
-        dv_tile += _product(weights, dy_block, WIDE)
-        dscores = weights * (_product(v_tile, tl.trans(dy_block), WIDE) - dot[None, :])
-        dk_tile += _product(dscores, q_block, WIDE)
+        table = bias - _in_table(down, right, WINDOW)
+        biases = _biases(table, packed[:, None], starts[None, :], at, WINDOW)
+        scores = _product(k_tile, tl.trans(q_block), biases, WIDE)
+        weights = tl.exp2(scores * LOG2_E - (level * LOG2_E)[None, :])
+        dv_tile = _product(weights, dy_block, dv_tile, WIDE)
+        minus_dot = tl.broadcast_to(-dot[None, :], (SIDE_Y * SIDE_X, ROWS * COLUMNS))
+        dscores = weights * _product(v_tile, tl.trans(dy_block), minus_dot, WIDE)
+        dk_tile = _product(dscores, q_block, dk_tile, WIDE)
 
     _store(dk + (sample * length * heads + head) * DIM, tokens, is_key, heads * DIM, dk_tile, DIM, PADDED)
     _store(
@@ -334,7 +387,7 @@ def attention_biases_kernel(
     samples, blocks, chunk,
     q_sample, q_token, q_head, k_sample, k_token, k_head, v_sample, v_token, v_head, dy_sample, dy_token, dy_head,
     DIM: tl.constexpr, PADDED: tl.constexpr, VALUES: tl.constexpr, PADDED_VALUES: tl.constexpr,
-    WINDOW: tl.constexpr, SIDE_Y: tl.constexpr, SIDE_X: tl.constexpr, BLOCK: tl.constexpr,
+    WINDOW: tl.constexpr, SIDE_Y: tl.constexpr, SIDE_X: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     ALIGNED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Writes sums (chunks of samples, heads, l, window²), gradients of each query's scores summed over a chunk.
@@ -349,19 +402,23 @@ def attention_biases_kernel(
     )
     length = height.to(tl.int64) * width
     query_y, query_x, is_query = _tile(tile_y, tile_x, members_y, members_x, SIDE_Y, SIDE_X)
-    start_y, start_x = _start(query_y, members_y, WINDOW), _start(query_x, members_x, WINDOW)
-    tokens = _tokens(query_y, query_x, remainder_y, remainder_x, dilation_y, dilation_x, width)
+    tokens = _token(query_y, query_x, remainder_y, remainder_x, dilation_y, dilation_x, width).to(tl.int64)
     first_y, span_y = _keys_of_tile(tile_y, members_y, SIDE_Y, WINDOW)
     first_x, span_x = _keys_of_tile(tile_x, members_x, SIDE_X, WINDOW)
-    key_y, key_x, is_key = _step(step, first_y, first_x, span_y, span_x, BLOCK)
-    keys = _tokens(key_y, key_x, remainder_y, remainder_x, dilation_y, dilation_x, width)
-    bias += head * (2 * WINDOW - 1) * (2 * WINDOW - 1)
-    biases = _biases(
-        bias, query_y[:, None], query_x[:, None], key_y[None, :], key_x[None, :], start_y[:, None], start_x[:, None],
-        is_key[None, :], WINDOW,
-    )  # fmt: skip
+    down, right = _corner(step, span_x, ROWS, COLUMNS)
+    key_y, key_x = _block(ROWS, COLUMNS)
+    key_y += down
+    key_x += right
+    is_key = (key_y < span_y) & (key_x < span_x)
+    keys = _token(key_y + first_y, key_x + first_x, remainder_y, remainder_x, dilation_y, dilation_x, width).to(
+        tl.int64
+    )
+    start_y, start_x = _start(query_y, members_y, WINDOW) - first_y, _start(query_x, members_x, WINDOW) - first_x
+    at = _in_table(key_y, key_x, WINDOW)[None, :] - _in_table(query_y - first_y, query_x - first_x, WINDOW)[:, None]
+    packed, starts = _packed(key_y, key_x), _packed(start_y, start_x)
+    biases = _biases(_table(bias, head, WINDOW), packed[None, :], starts[:, None], at, WINDOW)
 
-    gradient = tl.zeros((SIDE_Y * SIDE_X, BLOCK), tl.float32)
+    gradient = tl.zeros((SIDE_Y * SIDE_X, ROWS * COLUMNS), tl.float32)
     for i in range(chunk):
         sample = group * chunk + i
         is_sample = sample < samples
@@ -377,14 +434,15 @@ def attention_biases_kernel(
         of_tokens = (sample * heads + head) * length + tokens
         level = tl.load(lse + of_tokens, mask=is_token, other=float("inf"))
         dot = tl.load(dots + of_tokens, mask=is_token, other=0.0)
-        scores = _product(q_tile, tl.trans(k_block), WIDE) + biases
-        weights = tl.exp2((scores - level[:, None]) * LOG2_E)
-        gradient += weights * (_product(dy_tile, tl.trans(v_block), WIDE) - dot[:, None])
+        scores = _product(q_tile, tl.trans(k_block), biases, WIDE)
+        weights = tl.exp2(scores * LOG2_E - (level * LOG2_E)[:, None])
+        minus_dot = tl.broadcast_to(-dot[:, None], (SIDE_Y * SIDE_X, ROWS * COLUMNS))
+        gradient += weights * _product(dy_tile, tl.trans(v_block), minus_dot, WIDE)
 
     row, column = key_y[None, :] - start_y[:, None], key_x[None, :] - start_x[:, None]
     seen = (row >= 0) & (row < WINDOW) & (column >= 0) & (column < WINDOW)
     at = ((group * heads + head) * length + tokens)[:, None] * (WINDOW * WINDOW) + row * WINDOW + column
-    tl.store(sums + at, gradient, mask=is_query[:, None] & is_key[None, :] & seen)
+    tl.store(sums + at, gradient, mask=is_query[:, None] & seen)
 
 
 def forward(
@@ -393,7 +451,7 @@ def forward(
     """Result (b, l, heads, f) in the dtype of ``v``, and log Σ exp of the scores of each token, (b, heads, l)."""
     y = v.new_empty(v.shape)
     lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
-    launch = _Launch({"q": q, "k": k, "v": v}, bias, size=size, window=window, dilation=dilation)
+    launch = _Launch({"q": q, "k": k, "v": v}, bias, FORWARD, size=size, window=window, dilation=dilation)
     launch.run(attention_forward_kernel, y=y, lse=lse)
     return y, lse
 
@@ -414,58 +472,68 @@ def backward(
     """Gradients of q, k, v and bias in their shapes, contiguous, that of the bias in float32."""
     dq, dk, dv, dots = (tensor.new_empty(tensor.shape) for tensor in (q, k, v, lse))
     tensors = {"q": q, "k": k, "v": v, "dy": dy}
-    launch = _Launch(tensors, bias, size=size, window=window, dilation=dilation)
+    launch = _Launch(tensors, bias, BACKWARD, size=size, window=window, dilation=dilation)
     launch.run(attention_queries_kernel, y=y, lse=lse, dq=dq, dots=dots)
     launch.run(attention_keys_kernel, lse=lse, dk=dk, dv=dv, dots=dots)
-    sums = launch.sums_of_pairs(lse, dots)
-    return dq, dk, dv, _sum_of_biases(sums, window=window, dilation=dilation)
+    samples, programs = q.shape[0], launch.blocks * launch.tiles
+    chunk = -(-samples // max(1, min(samples, -(-BUSY // programs)))) or 1
+    chunks = -(-samples // chunk)
+    sums = lse.new_empty(chunks, q.shape[2], *size, window, window)
+    counts = {"samples": samples, "blocks": launch.blocks, "chunk": chunk}
+    launch.run(attention_biases_kernel, programs=chunks * programs, lse=lse, dots=dots, sums=sums, **counts)
+    return dq, dk, dv, _sum_of_biases(sums.sum(0), window=window, dilation=dilation)
 
 
 class _Launch:
-    """The launches of one call: its grids and the arguments that kernels share.
+    """The launches of one call: its tiles and the arguments that kernels share.
 
     Args:
         tensors: What kernels read rows of, by name.
         bias: The table of biases.
+        config: Sizes.
         size: Rows and columns of the map.
         window: Side of a window.
         dilation: By rows and columns.
     """
 
     def __init__(
-        self, tensors: dict[str, Tensor], bias: Tensor, *, size: Sequence[int], window: int, dilation: Sequence[int]
+        self,
+        tensors: dict[str, Tensor],
+        bias: Tensor,
+        config: LaunchConfig,
+        *,
+        size: Sequence[int],
+        window: int,
+        dilation: Sequence[int],
     ) -> None:
-        q, v = tensors["q"], tensors["v"]
         tensors = {name: tensor if tensor.stride(-1) == 1 else tensor.contiguous() for name, tensor in tensors.items()}
-        self._samples, self._length, self._heads, _ = q.shape
-        longest = [-(-cells // step) for cells, step in zip(size, dilation, strict=True)]
-        sides = [_side(members, window) for members in longest]
-        tiles = [-(-members // side) for members, side in zip(longest, sides, strict=True)]
-        self._tiles = self._heads * math.prod(tiles) * math.prod(dilation)  # of a sample
-        self._block = CONFIG.block
-        self._seen = math.prod(min(members, side + window - 1) for members, side in zip(longest, sides, strict=True))
-        self._device = q.device
-        self._warps = warps(sides)
+        samples, _, heads, dim = tensors["q"].shape
+        values = tensors["v"].shape[-1]
+        members = [-(-cells // step) for cells, step in zip(size, dilation, strict=True)]
+        tiling = Tiling.of(members, window, config)
+        self.tiles = heads * math.prod(tiling.tiles) * math.prod(dilation)  # of a sample
+        self.blocks = tiling.blocks
+        self._programs = samples * self.tiles
+        self._options = {"num_warps": tiling.warps, "num_stages": config.stages}
+        self._device = bias.device
         self._arguments: dict[str, Any] = {
             **tensors,
             "bias": bias.contiguous(),
-            "heads": self._heads,
+            "heads": heads,
             "height": size[0],
             "width": size[1],
             "dilation_y": dilation[0],
             "dilation_x": dilation[1],
-            "tiles_y": tiles[0],
-            "tiles_x": tiles[1],
-            "DIM": q.shape[-1],
-            "PADDED": max(16, triton.next_power_of_2(q.shape[-1])),
-            "VALUES": v.shape[-1],
-            "PADDED_VALUES": max(16, triton.next_power_of_2(v.shape[-1])),
+            "tiles_y": tiling.tiles[0],
+            "tiles_x": tiling.tiles[1],
+            "DIM": dim,
+            "PADDED": max(16, triton.next_power_of_2(dim)),
+            "VALUES": values,
+            "PADDED_VALUES": max(16, triton.next_power_of_2(values)),
             "WINDOW": window,
-            "SIDE_Y": sides[0],
-            "SIDE_X": sides[1],
-            "BLOCK": self._block,
             "ALIGNED": _alignment(tensors.values()),
-            "WIDE": _lacks_products(q.device, tensors.values()),
+            "WIDE": _lacks_products(bias.device, tensors.values()),
+            **tiling.constants,
         }
         for name, tensor in tensors.items():
             strides = zip(("sample", "token", "head"), tensor.stride(), strict=False)
@@ -473,34 +541,64 @@ class _Launch:
 
     def run(self, kernel: Any, *, programs: int | None = None, **arguments: Any) -> None:
         """Runs a kernel, one program for each tile of each sample unless there is another number of them."""
-        programs = self._samples * self._tiles if programs is None else programs
-        if programs and self._length:
+        programs = self._programs if programs is None else programs
+        if programs:
             with torch.accelerator.device_index(self._device.index):
-                kernel[(programs,)](**self._arguments, **arguments, num_warps=self._warps, num_stages=CONFIG.stages)
+                kernel[(programs,)](**self._arguments, **arguments, **self._options)
 
-    def sums_of_pairs(self, lse: Tensor, dots: Tensor) -> Tensor:
-        """Gradients of scores, summed over samples, (heads, h, w, window, window)."""
-        blocks = -(-self._seen // self._block)
-        chunks = max(1, min(self._samples, -(-BUSY // (self._tiles * blocks))))
-        chunk = -(-self._samples // chunks)
-        chunks = -(-self._samples // chunk)
-        window, (height, width) = self._arguments["WINDOW"], (self._arguments[name] for name in ("height", "width"))
-        sums = lse.new_empty(chunks, self._heads, height, width, window, window)
-        launch = {"samples": self._samples, "blocks": blocks, "chunk": chunk}
-        self.run(
-            attention_biases_kernel, programs=chunks * self._tiles * blocks, lse=lse, dots=dots, sums=sums, **launch
+
+@dataclass(frozen=True)
+class Tiling:
+    """How the largest of the grids that a map is divided into by remainders is taken.
+
+    Args:
+        sides: Of a tile, by rows and columns.
+        tiles: Along either axis.
+        block: Rows and columns of a block of the walk.
+        blocks: That a tile of queries walks over at most.
+        warps: Of a program.
+    """
+
+    sides: tuple[int, int]
+    tiles: tuple[int, int]
+    block: tuple[int, int]
+    blocks: int
+    warps: int
+
+    @classmethod
+    def of(cls, members: Sequence[int], window: int, config: LaunchConfig) -> "Tiling":
+        """For a grid of so many rows and columns, with the sides that multiply the fewest pairs."""
+        columns = config.columns if members[1] > config.columns // 2 else config.columns // 2
+        block = config.block // columns, columns
+        axes = [_Axis.of(n, window, unit, config.sides) for n, unit in zip(members, block, strict=True)]
+        sides = axes[0].side, axes[1].side
+        return cls(
+            sides=sides,
+            tiles=(axes[0].tiles, axes[1].tiles),
+            block=block,
+            blocks=axes[0].blocks * axes[1].blocks,
+            warps=max(1, math.prod(sides) // config.tokens_per_warp),
         )
-        return sums.sum(0)
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """As kernels take them."""
+        names = "SIDE_Y", "SIDE_X", "ROWS", "COLUMNS"
+        return dict(zip(names, (*self.sides, *self.block), strict=True))
 
 
-def warps(sides: Sequence[int]) -> int:
-    """Warps of a program with a tile of these sides."""
-    return max(1, math.prod(sides) // CONFIG.queries_per_warp)
+class _Axis(NamedTuple):
+    """Tiles along one axis, and how many blocks their keys are."""
 
+    side: int
+    tiles: int
+    blocks: int
 
-def _side(members: int, window: int) -> int:
-    """The side of tiles along an axis that multiplies the fewest pairs, padded queries and masked keys included."""
-    return min(CONFIG.sides, key=lambda side: -(-members // side) * side * min(members, side + window - 1))
+    @classmethod
+    def of(cls, members: int, window: int, unit: int, sides: Sequence[int]) -> "_Axis":
+        """With the side that multiplies the fewest pairs, padded queries and masked keys included."""
+        axes = [cls(side, -(-members // side), -(-min(members, side + window - 1) // unit)) for side in sides]
+        return min(axes, key=lambda axis: axis.side * axis.tiles * axis.blocks)
 
 
 def _alignment(tensors: Iterable[Tensor]) -> int:

@@ -77,9 +77,18 @@ def test_values_may_be_of_another_dtype(device):
 @pytest.mark.parametrize("side", [4, 8])
 def test_sizes_of_launches(side, device, kernels, monkeypatch):
     """Other tiles and blocks; two samples are summed in a program, and the third in the next."""
-    monkeypatch.setattr(kernels, "CONFIG", kernels.LaunchConfig(sides=(side,), block=16))
+    config = kernels.LaunchConfig(block=32 if side == 4 else 16, columns=8, sides=(side,))
+    monkeypatch.setattr(kernels, "FORWARD", config)
+    monkeypatch.setattr(kernels, "BACKWARD", config)
     monkeypatch.setattr(kernels, "BUSY", 2)
     _compare("one tile", device, dtype=torch.float32)
+
+
+def test_no_samples_have_no_results(backend_beside_scan, device):
+    arguments = _arguments(0, 2, 4, 4, (5, 7), 3, device=device)
+    results = outputs_and_gradients(lambda **a: neighbourhood_attention(**a, **SMALL), arguments)
+    assert results["y"].shape == results["dq"].shape == (0, 35, 2, 4)
+    assert not results["dbias"].any()
 
 
 def test_a_window_of_one_token_is_the_token(backend_beside_scan, device):
