@@ -8,18 +8,24 @@ import pytest
 import torch
 from torch import nn
 
+import vssm
 import vssm.engine.op_subjects
+import vssm.models.a2mamba
 from image_folders import make_folder
 from tar_files import write_shards
 from vssm.cli import main
+from vssm.engine.attention_subjects import AttentionShape, a2mamba_shapes
 from vssm.engine.benchmark import Setting, benchmark_models
+from vssm.engine.benchmark_attention import benchmark_attention
 from vssm.engine.benchmark_op import OpSetting, benchmark_op, relative_error
 from vssm.engine.op_limits import Limits
 from vssm.engine.op_rivals import cuda_scan
 from vssm.engine.op_shapes import NAMED_SHAPES, Anchor, OpShape, read_anchors, read_shapes
 from vssm.engine.op_subjects import subjects, token_inputs
 from vssm.engine.timing import measure_memory, measure_time
+from vssm.layers.neighborhood import attend_to_neighborhood
 from vssm.scan_order import scatter
+from vssm_kernels.neighbourhood_attention_torch import Tiles
 from vssm_kernels.reference import selective_scan_ref
 
 ROOT = Path(__file__).parents[1]
@@ -120,13 +126,14 @@ def test_limits_count_every_byte_once_and_every_special_function():
     [ours, theirs] = subjects(OpShape(2, 4, 6, 3, 16, 2, "cross"), CPU, torch.bfloat16)
     limits = Limits(copy_gb_per_s=1.0, exps_per_ms=10.0)
     projected, parameters = 2 * 16 * 4 * (2 + 2 * 3), 4 * 6 * (3 + 1 + 2 + 1)
-    described = limits.describe(OpShape(2, 4, 6, 3, 16, 2, "cross"), ours.inputs, ours.call())
+    special = OpShape(2, 4, 6, 3, 16, 2, "cross").special_functions
+    described = limits.describe(special, ours.inputs, ours.call())
     tokens = 2 * 16 * 6
     assert described["forward_bytes"] == 2 * (2 * tokens + projected) + 4 * parameters
     assert described["backward_bytes"] == 2 * (3 * tokens + 2 * projected) + 2 * 4 * parameters
     assert described["forward_floor_ms"] == pytest.approx(described["forward_bytes"] / 1e6)
     assert described["exp_floor_ms"] == 2 * 4 * 6 * 16 * (3 + 2) / 10
-    sequences = limits.describe(OpShape(2, 4, 6, 3, 16, 2, "cross"), theirs.inputs, theirs.call())
+    sequences = limits.describe(special, theirs.inputs, theirs.call())
     assert sequences["forward_bytes"] == 2 * (3 * 4 * tokens + 2 * 2 * 16 * 4 * 3) + 4 * 4 * 6 * (3 + 2)
 
 
@@ -369,6 +376,8 @@ def test_loaders_of_other_data_are_measured_alone(tmp_path, capsys, caplog, monk
         (["--op", "--shapes", "1,2,3"], f"argument --shapes: expected {', '.join(NAMED_SHAPES)}, a .json file or"),
         (["--op", "--shapes", "1,2,0,3"], f"argument --shapes: expected {', '.join(NAMED_SHAPES)}, a .json file or"),
         (["--op", "--against", "loop,mamba"], "argument --against: expected some of loop, torch, mamba_ssm, official"),
+        (["--op", "--against", "natten"], "--against: expected some of loop, torch, mamba_ssm, official for scan, got"),
+        (["--op", "neighbourhood_attention", "--plot", "x.png"], "--plot draws models or --op, not neighbourhood_att"),
         (["--op", "--repeats", "1"], "argument --repeats: expected at least 2"),
         (["--op", "--device", "nonsense"], "argument --device: expected a device such as cpu or cuda:0"),
         (["--op", "--device", "cuda:99"], "argument --device: no device 'cuda:99' here"),
@@ -444,3 +453,89 @@ def test_backend_of_the_environment_holds_unless_the_command_line_names_one(monk
     assert main(command) == 1
     assert "none_such" in capsys.readouterr().err
     assert main([*command, "--backend", "torch"]) == 0
+
+
+ATTENTION = AttentionShape(2, 1, 4, 7, 8, 3, 2)
+
+
+def test_attention_records_agree_with_the_plain_version():
+    ours, torch_too = benchmark_attention([ATTENTION], QUICK._replace(against=("torch",)))
+    assert (ours["op"], torch_too["op"]) == ("neighbourhood_attention", "torch")
+    for record in (ours, torch_too):
+        assert tuple(record[key] for key in AttentionShape._fields) == ATTENTION
+        assert record["relative_error"] < 1e-6
+        assert 0 < record["backward_p10_ms"] <= record["backward_ms"] <= record["backward_p90_ms"]
+    tokens, table = 2 * 56 * 4, 5 * 5
+    assert ours["forward_bytes"] == 4 * (4 * tokens + table)
+    assert ours["backward_bytes"] == 4 * (7 * tokens + 2 * table)
+    assert ours["forward_ns_per_token"] == pytest.approx(1e6 * ours["forward_ms"] / (2 * 56))
+
+
+def test_attention_is_measured_at_the_sizes_of_its_models(monkeypatch):
+    seen = []
+
+    def seeing(q, k, bias, **grid):
+        seen.append((q.shape[2], q.shape[3], *grid["size"], grid["window"], grid.get("dilation", (1, 1))[0]))
+        return attend_to_neighborhood(q, k, bias, **grid)
+
+    monkeypatch.setattr(vssm.models.a2mamba, "attend_to_neighborhood", seeing)
+    for name in ("a2mamba_nano", "a2mamba_base"):
+        with torch.device("meta"):
+            vssm.create_model(name).eval()(torch.empty(1, 3, 224, 224))
+    assert {tuple(shape[1:]) for shape in a2mamba_shapes(1)} == set(seen)
+
+
+class FakeNatten:
+    """natten.functional in two steps, in plain torch."""
+
+    @staticmethod
+    def na2d_qk(q, k, kernel_size, dilation, rpb):
+        q, k = (each.flatten(2, 3).transpose(1, 2) for each in (q, k))
+        return FakeNatten._tiles(kernel_size, dilation).attend(q, k, rpb).log()
+
+    @staticmethod
+    def na2d_av(weights, v, kernel_size, dilation):
+        y = FakeNatten._tiles(kernel_size, dilation).aggregate(weights, v.flatten(2, 3).transpose(1, 2))
+        return y.transpose(1, 2).unflatten(2, v.shape[2:4])
+
+    @staticmethod
+    def _tiles(kernel_size, dilation):
+        return Tiles(ATTENTION[3:5], window=kernel_size, dilation=(dilation, dilation), device=CPU)
+
+
+class FakeFusedNatten:
+    """natten.functional of later versions, which know no biases."""
+
+    @staticmethod
+    def na2d(q, k, v, kernel_size, dilation, scale):
+        bias = q.new_zeros(q.shape[3], 2 * kernel_size - 1, 2 * kernel_size - 1)
+        q, k, v = (each.flatten(1, 2) for each in (scale * q, k, v))
+        tiles = FakeNatten._tiles(kernel_size, dilation)
+        return tiles.aggregate(tiles.attend(q, k, bias), v).unflatten(1, ATTENTION[3:5])
+
+
+@pytest.mark.parametrize(("module", "biases"), [(FakeNatten, True), (FakeFusedNatten, False)])
+def test_natten_is_called_with_its_layouts(module, biases, monkeypatch):
+    monkeypatch.setitem(sys.modules, "natten", module)
+    monkeypatch.setitem(sys.modules, "natten.functional", module)
+    records = benchmark_attention([ATTENTION], QUICK._replace(against=("torch", "natten")))
+    assert [record["op"] for record in records] == ["neighbourhood_attention", "torch", "natten"]
+    assert records[-1].get("biases") == (None if biases else "none")
+    assert (records[-1]["relative_error"] < 1e-6) == biases
+
+
+def test_attention_without_natten_says_so(monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "natten.functional", None)
+    [record] = benchmark_attention([ATTENTION], QUICK._replace(against=("natten",)))
+    assert record["op"] == "neighbourhood_attention"
+    assert "natten is left out: natten.functional cannot be imported" in caplog.text
+
+
+def test_command_measures_attention(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("vssm.cli.benchmark.a2mamba_shapes", lambda batch_size: [ATTENTION._replace(b=batch_size)])
+    path = tmp_path / "attention.json"
+    command = ["benchmark", "--op", "neighbourhood_attention", "--against", "torch", "--batch-size", "1"]
+    assert main([*command, "--repeats", "2", "--warmup", "1", "--device", "cpu", "--results", str(path)]) == 0
+    records = json.loads(path.read_text())
+    assert [(record["op"], record["b"]) for record in records] == [("neighbourhood_attention", 1), ("torch", 1)]
+    assert "window  dilation" in capsys.readouterr().out

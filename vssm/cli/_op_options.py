@@ -7,10 +7,11 @@ from typing import TypeVar
 import torch
 
 from vssm.cli._options import positive_int
+from vssm.engine import attention_subjects, op_subjects
 from vssm.engine.op_shapes import Anchor, OpShape, read_anchors, read_shapes
-from vssm.engine.op_subjects import RIVALS
 
 _SHAPES_HELP = "default, lengths, vision or vmamba_tiny; a JSON file of b, k, d, n, l, r and order; or b,d,n,l;..."
+RIVALS = {"scan": op_subjects.RIVALS, "neighbourhood_attention": attention_subjects.RIVALS}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 _Value = TypeVar("_Value")
@@ -33,7 +34,7 @@ def anchors(text: str) -> dict[tuple[int, ...], Anchor]:
 
 def rivals(text: str) -> list[str]:
     """Type of ``--against``: names with commas, each once."""
-    return _names(text, RIVALS)
+    return _names(text, tuple(dict.fromkeys(name for names in RIVALS.values() for name in names)))
 
 
 def dtypes(text: str) -> list[torch.dtype]:

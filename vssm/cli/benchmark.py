@@ -1,4 +1,4 @@
-"""Time models and measure their memory; or the scan alone with --op, or reading images with --loader."""
+"""Time models and measure their memory; or an op alone with --op, or reading images with --loader."""
 
 import argparse
 import logging
@@ -11,11 +11,12 @@ import torch
 from vssm.cli import UsageError, _op_options
 from vssm.cli._options import add_compile, device, image_size, picture_path, positive_int, results_path
 from vssm.cli._training import add_data_arguments, count, data_options
+from vssm.engine.attention_subjects import AttentionShape, a2mamba_shapes
 from vssm.engine.benchmark import Setting, benchmark_models
+from vssm.engine.benchmark_attention import benchmark_attention
 from vssm.engine.benchmark_loader import LoaderSetting, benchmark_loader
 from vssm.engine.benchmark_op import OpSetting, benchmark_op
 from vssm.engine.op_plot import plot_op
-from vssm.engine.op_subjects import RIVALS
 from vssm.engine.records import print_table, write_results
 from vssm.engine.throughput_plot import plot_throughput
 from vssm.engine.zoo import expand_names
@@ -26,8 +27,8 @@ _BACKEND_HELP = "of the scan (default: VSSM_SCAN_BACKEND of the environment, or 
 _MODEL_COLUMNS = ["model", "img_size", "params_m", "latency_ms", "batch_size", "images_per_s", "peak_memory_mib"]
 _TRAIN_COLUMNS = ["train_batch_size", "train_images_per_s", "train_peak_memory_mib"]
 _LOADER_COLUMNS = ["loader", "package", "images_per_s", "cpu_ms_per_image", "speed_over_timm", "cpu_over_timm"]
+_OP_SIZES = {"scan": ("b", "k", "d", "n", "l"), "neighbourhood_attention": AttentionShape._fields}
 _OP_COLUMNS = {
-    **{key: key for key in ("op", "b", "k", "d", "n", "l")},
     "fwd ms": "forward_ms",
     "bwd ms": "backward_ms",
     "both ms": "forward_backward_ms",
@@ -58,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="models of vssm, or of timm to compare with; patterns such as 'vim_tiny_*', too",
     )
     _add_model_arguments(parser.add_argument_group("models"))
-    _add_op_arguments(parser.add_argument_group("the scan alone"))
+    _add_op_arguments(parser.add_argument_group("an op alone"))
     _add_loader_arguments(parser)
     parser.add_argument("--device", type=device, help="cpu, cuda, cuda:1 ...; a GPU by default if there is one")
     parser.add_argument("--backend", choices=("auto", *available_backends()), help=_BACKEND_HELP)
@@ -79,8 +80,8 @@ def run(args: argparse.Namespace) -> int:
     asked = [name for name, value in (("models", args.models), ("--op", args.op), ("--loader", args.loader)) if value]
     if len(asked) != 1:
         raise UsageError(f"expected models, --op or --loader DATA, got {' and '.join(asked) or 'none of them'}")
-    if args.loader and args.plot:
-        raise UsageError("--plot draws models or --op, not --loader")
+    if args.plot and (args.loader or args.op not in (None, "scan")):
+        raise UsageError(f"--plot draws models or --op, not {'--loader' if args.loader else args.op}")
     if args.threads:
         torch.set_num_threads(args.threads)
     device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -105,14 +106,20 @@ def _add_model_arguments(group: argparse._ArgumentGroup) -> None:
 
 def _add_op_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--op", action="store_true", help="measure directional_scan and selective_scan, forward and backward"
+        "--op",
+        nargs="?",
+        const="scan",
+        choices=tuple(_OP_SIZES),
+        help="measure directional_scan and selective_scan, or neighbourhood attention at the sizes of A2Mamba",
     )
     _op_options.add_shapes(group, "default")
     group.add_argument(
         "--against",
         type=_op_options.rivals,
         metavar="NAME,...",
-        help=f"also measure {', '.join(RIVALS)}; speedups are over the first",
+        help="also measure "
+        + "; for ".join(f"{op}: {', '.join(names)}" for op, names in _op_options.RIVALS.items())
+        + "; speedups are over the first",
     )
     group.add_argument(
         "--anchors", type=_op_options.anchors, metavar="FILE", help="JSON file of times measured elsewhere"
@@ -170,6 +177,10 @@ def _benchmark_models(args: argparse.Namespace, device: torch.device) -> list[di
 
 
 def _benchmark_op(args: argparse.Namespace, device: torch.device) -> list[dict]:
+    known = _op_options.RIVALS[args.op]
+    unknown = next((name for name in args.against or () if name not in known), None)
+    if unknown is not None:
+        raise UsageError(f"--against: expected some of {', '.join(known)} for {args.op}, got {unknown!r}")
     setting = OpSetting(
         device=device,
         dtype=_op_options.DTYPES[args.amp_dtype or "float32"],
@@ -178,8 +189,13 @@ def _benchmark_op(args: argparse.Namespace, device: torch.device) -> list[dict]:
         warmup=args.warmup,
         repeats=args.repeats,
     )
-    records = benchmark_op(args.shapes, setting, anchors=args.anchors)
-    columns = _OP_COLUMNS | (_AGAINST_COLUMNS if args.against else {}) | (_ANCHOR_COLUMNS if args.anchors else {})
+    if args.op == "scan":
+        records = benchmark_op(args.shapes, setting, anchors=args.anchors)
+    else:
+        batch_size = args.batch_size or (8 if device.type == "cpu" else 128)
+        records = benchmark_attention(a2mamba_shapes(batch_size), setting)
+    columns = {key: key for key in ("op", *_OP_SIZES[args.op])} | _OP_COLUMNS
+    columns |= (_AGAINST_COLUMNS if args.against else {}) | (_ANCHOR_COLUMNS if args.anchors else {})
     print_table([{head: record.get(key) for head, key in columns.items()} for record in records], list(columns))
     return records
 

@@ -1,10 +1,11 @@
-"""Speed and memory of the scan alone, beside the limits of the device and what others run."""
+"""Speed and memory of one op alone, of the scan in particular, beside the limits of the device and what others run."""
 
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,13 +22,34 @@ PHASES = ("forward", "backward", "forward_backward")
 _logger = logging.getLogger(__name__)
 
 
+class Shape(Protocol):
+    """Sizes of one call of an op, and what is known of its work."""
+
+    @property
+    def tokens(self) -> int:
+        """In all samples."""
+        ...
+
+    @property
+    def special_functions(self) -> int:
+        """How many a pass computes at least."""
+        ...
+
+    def _asdict(self) -> dict[str, Any]:
+        """The sizes, by name."""
+        ...
+
+
+SubjectsOf = Callable[[torch.device, torch.dtype, Sequence[str]], Iterable[Subject]]
+
+
 class OpSetting(NamedTuple):
-    """How scans are measured.
+    """How ops are measured.
 
     Args:
         device: Where to compute.
         dtype: Of the inputs; parameters are float32.
-        against: What else to measure, names of `op_subjects.RIVALS`.
+        against: What else to measure, names of the `RIVALS` of an op.
         graph: On a GPU, time replays of a CUDA graph, without the gaps between the launches of the host.
         warmup: Calls before the timed ones.
         repeats: Timed calls.
@@ -44,7 +66,7 @@ class OpSetting(NamedTuple):
 def benchmark_op(
     shapes: Sequence[OpShape], setting: OpSetting, *, anchors: Mapping[tuple[int, ...], Anchor] | None = None
 ) -> list[dict]:
-    """Times both public functions of the op, and rivals, on the same random numbers.
+    """Times both public functions of the scan, and rivals, on the same random numbers.
 
     Backward is all that autograd does from the gradient of the result to those of the inputs, with the forward pass
     outside the measured time. Before every timed call on a GPU the L2 cache is filled with something else. Peak memory
@@ -64,13 +86,23 @@ def benchmark_op(
         anchor's times and speedups where there is one, and the environment.
     """
     log_left_out(shapes, setting.device, setting.against)
+    records = benchmark_subjects([(shape, partial(subjects, shape)) for shape in shapes], setting)
+    sizes = [OpShape(*(record[name] for name in OpShape._fields)).sizes for record in records]
+    return [record | _beside(record, (anchors or {}).get(found)) for record, found in zip(records, sizes, strict=True)]
+
+
+def benchmark_subjects(work: Sequence[tuple[Shape, SubjectsOf]], setting: OpSetting) -> list[dict]:
+    """Times what there is to be measured at each of some shapes.
+
+    Returns:
+        Records as of `benchmark_op`, without anchors.
+    """
     with side_stream(setting.device):
         limits = measure_limits(setting.device)
         surroundings = {"copy_gb_per_s": limits.copy_gb_per_s} | environment(setting.device)
         records = []
-        for shape in tqdm(shapes, desc="measuring", leave=False, disable=not sys.stderr.isatty()):
-            anchor = (anchors or {}).get(shape.sizes)
-            records += [record | _beside(record, anchor) for record in _benchmark(shape, setting, limits)]
+        for shape, subjects_of in tqdm(work, desc="measuring", leave=False, disable=not sys.stderr.isatty()):
+            records += _benchmark(shape, subjects_of, setting, limits)
         return [record | surroundings for record in records]
 
 
@@ -111,10 +143,10 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return float((actual.double() - expected.double()).norm() / expected.double().norm())
 
 
-def _benchmark(shape: OpShape, setting: OpSetting, limits: Limits) -> list[dict]:
+def _benchmark(shape: Shape, subjects_of: SubjectsOf, setting: OpSetting, limits: Limits) -> list[dict]:
     """One record per subject at one shape."""
     records, results = {}, {}
-    for subject in subjects(shape, setting.device, setting.dtype, setting.against):
+    for subject in subjects_of(setting.device, setting.dtype, setting.against):
         try:
             with subject.context():
                 calls = phase_calls(subject)
@@ -124,9 +156,9 @@ def _benchmark(shape: OpShape, setting: OpSetting, limits: Limits) -> list[dict]
             _logger.warning("%s: not enough memory at %s; left out", subject.name, shape)
             continue
         facts = {"op": subject.name, **shape._asdict(), "dtype": str(setting.dtype).removeprefix("torch.")}
-        described = times | limits.describe(shape, subject.inputs, result)
+        described = times | limits.describe(shape.special_functions, subject.inputs, result)
         record = facts | subject.facts | described | _fractions(described)
-        records[subject.name] = record | _ns_per_token(record)
+        records[subject.name] = record | _ns_per_token(record, shape.tokens)
         results[subject.name] = subject.as_tokens(result)
     baseline = next((name for name in setting.against if name in records), None)
     if baseline is None:
@@ -159,9 +191,9 @@ def _fractions(record: Mapping) -> dict[str, float]:
     }
 
 
-def _ns_per_token(record: Mapping) -> dict[str, float]:
+def _ns_per_token(record: Mapping, tokens: int) -> dict[str, float]:
     """By which lengths can be compared whose total numbers of tokens differ."""
-    return {f"{phase}_ns_per_token": 1e6 * record[f"{phase}_ms"] / (record["b"] * record["l"]) for phase in PHASES}
+    return {f"{phase}_ns_per_token": 1e6 * record[f"{phase}_ms"] / tokens for phase in PHASES}
 
 
 def _speedups(record: Mapping, baseline: Mapping) -> dict[str, float]:

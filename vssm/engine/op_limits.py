@@ -1,4 +1,4 @@
-"""How fast a scan could be at best, by the bytes that it moves and the special functions that it computes."""
+"""How fast an op could be at best, by the bytes that it moves and the special functions that it computes."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -6,7 +6,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vssm.engine.op_shapes import OpShape
 from vssm.engine.timing import measure_time
 
 _COPIED = {"cuda": 2**30, "cpu": 2**26}  # bytes, far more than any cache holds
@@ -25,15 +24,14 @@ class Limits(NamedTuple):
     copy_gb_per_s: float
     exps_per_ms: float | None
 
-    def describe(self, shape: OpShape, inputs: Sequence[Tensor], result: Tensor) -> dict[str, float | None]:
-        """Bytes and least times of one scan.
+    def describe(self, special_functions: int, inputs: Sequence[Tensor], result: Tensor) -> dict[str, float | None]:
+        """Bytes and least times of one call of an op.
 
         Forward reads every input and writes the result; backward reads the inputs and the gradient of the result, and
-        writes the gradients of the inputs. The decays are one exp a state and step in either pass, the softplus an exp
-        and a log a channel and step.
+        writes the gradients of the inputs.
 
         Args:
-            shape: Sizes.
+            special_functions: How many either pass computes at least.
             inputs: All that have a gradient; the table of the order, small beside them, is not counted.
             result: Of the forward pass.
 
@@ -42,11 +40,10 @@ class Limits(NamedTuple):
         """
         read, written = (sum(tensor.nbytes for tensor in tensors) for tensors in (inputs, [result]))
         moved = {"forward": read + written, "backward": 2 * read + written}
-        special = shape.b * shape.k * shape.d * shape.l * (shape.n + 2)
         return {
             **{f"{phase}_bytes": count for phase, count in moved.items()},
             **{f"{phase}_floor_ms": count / self.copy_gb_per_s / 1e6 for phase, count in moved.items()},
-            "exp_floor_ms": None if self.exps_per_ms is None else special / self.exps_per_ms,
+            "exp_floor_ms": None if self.exps_per_ms is None else special_functions / self.exps_per_ms,
         }
 
 

@@ -44,6 +44,16 @@ class OpShape(NamedTuple):
         """(b, k, d, n, l), by which times measured elsewhere are found."""
         return self[:5]
 
+    @property
+    def tokens(self) -> int:
+        """In all samples."""
+        return self.b * self.l
+
+    @property
+    def special_functions(self) -> int:
+        """One exp a state and step for the decays, an exp and a log a channel and step for the softplus."""
+        return self.b * self.k * self.d * self.l * (self.n + 2)
+
     def table(self, device: torch.device | str | None = None) -> Tensor:
         """The scan order (k, l): of a square grid, or of a line where that is the same.
 
