@@ -259,6 +259,19 @@ def test_wrong_maps_are_refused():
 
 
 @pytest.mark.slow
+def test_compiles_to_one_graph_and_exports_with_any_size():
+    detector = small_detector().eval()
+    images = torch.rand(2, 3, 64, 96)
+    compiled = torch.compile(detector, fullgraph=True, backend="aot_eager")
+    sizes = ({0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC},)
+    program = torch.export.export(detector, (images,), dynamic_shapes=sizes, strict=True).module()
+    cases = [(compiled, images), (program, images), (program, torch.rand(3, 3, 128, 96)), (program, images[..., :75])]
+    for run, batch in cases:
+        for mine, expected in zip(run(batch), detector(batch), strict=True):
+            torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
 def test_it_learns_where_things_are_and_what_they_are():
     """By batch statistics, for the running ones follow slowly."""
     boxes = torch.tensor([[8, 4, 48, 40], [20, 10, 50, 58], [2, 30, 54, 62], [24, 24, 60, 60]])

@@ -254,8 +254,12 @@ def test_compiles_to_one_graph(name, backend):
     compiled = torch.compile(model, fullgraph=True, backend=backend)(batch)
     compiled.square().sum().backward()
     torch.testing.assert_close(compiled, expected, rtol=1e-4, atol=1e-5)
-    rounding = 1e-7 * max(gradient.norm() for gradient in gradients.values())  # all that a bias before a batch norm has
+    largest = max(gradient.norm() for gradient in gradients.values())
+    rounding = 1e-7 * largest
     for key, parameter in model.named_parameters():
+        if key.endswith("bias") and gradients[key].norm() < 1e-6 * largest:  # one before a batch norm: rounding alone
+            assert parameter.grad.norm() < 1e-6 * largest, key
+            continue
         error = (parameter.grad - gradients[key]).norm()
         assert error < 1e-4 * gradients[key].norm() + rounding, f"{key}: {error} of {gradients[key].norm()}"
 
