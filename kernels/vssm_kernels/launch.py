@@ -14,6 +14,8 @@ from vssm_kernels.scan_call import ScanCall
 kernels: Any = scan_triton  # Triton's language looks like Python, but its types are others
 _PACKED = 4096  # numbers of a program that packs or unpacks
 _LANES = 32
+_ROWS = 64  # tokens of a tile of the products with dt and its weight
+_PARTS = 1056  # programs that sum up the gradient of the weight, eight a multiprocessor of an H100
 
 
 def forward(call: ScanCall) -> tuple[Tensor, Tensor]:
@@ -63,6 +65,10 @@ class _Rows:
         }
 
 
+def _rows(tensor: Tensor) -> _Rows:
+    return _Rows(tensor, tensor.stride(0), tensor.stride(1), tensor.stride(2) if tensor.ndim == 4 else 0)
+
+
 class _Launch:
     """One call, brought into the order of its steps, and the passes over it."""
 
@@ -77,6 +83,8 @@ class _Launch:
         self.chunks = max(1, math.ceil(self.length / self.chunk))
         self.blocks = math.ceil(call.width / self.config.channels)
         self.slots = math.gcd(self.config.slots, call.states)
+        # States taken at once, so that there is work between a load and its use; their gradients need the registers.
+        self.unroll = 2 if call.states // self.slots % 2 == 0 and (not backward or self.config.registers > 168) else 1
         self.rank = 0 if call.dt_weight is None else call.dt.shape[-1]
         self.A = _states_first(call.A.float())
         self.none = self.A  # stands for a tensor that a launch does not touch
@@ -158,30 +166,28 @@ class _Launch:
         call = self.call
         merging = call.x.ndim == 3 and call.directions > 1
         dx = self.visits(call.width, call.x.dtype, apart=merging)
-        per_chunk = (self.chunks, self.walks)
-        low_rank = call.dt_weight is not None
-        rank = self.rank
-        ddt = {} if low_rank else self._rows(self.visits(call.width, call.dt.dtype)).arguments("ddt")
+        per_chunk = (self.chunks, self.walks, call.width)
+        dtype = call.dt.dtype if call.dt_weight is None else _draw_dtype(call)
+        draw = self.visits(call.width, dtype, apart=call.dt_weight is not None)
         found = {
-            "dsteps": self.empty(self.blocks, self.walks, self.padded * (rank + 2 * call.states)),
+            "dmatrices": self.empty(self.blocks, self.walks, self.padded * 2 * call.states),
             "dA": self.states(self.chunks),
-            "dD": self.empty(*per_chunk, call.width),
-            "dbias": self.empty(*per_chunk, call.width),
-            "dweight": self.empty(*per_chunk, call.width, rank) if low_rank else self.none,
+            "dD": self.empty(*per_chunk),
+            "dbias": self.empty(*per_chunk),
         }
         for name in ("B", "C"):
             found[f"d{name}"] = self.none if self.switches[f"{name}_PER_TOKEN"] else self.states(self.chunks)
         self._adjoint(
             dy,
             **found,
-            **ddt,
+            **self._rows(draw).arguments("draw"),
             **self._rows(dx).arguments("dx"),
             states=states,
             later=later[0],
             HAS_LATER=later[1],
         )
         dx = _merged(dx, None) if merging else dx
-        return {"x": dx.view(call.x.shape)} | self._gathered(found | ddt)
+        return {"x": dx.view(call.x.shape)} | self._gathered(found) | self._gradients_of_steps(draw)
 
     def _forward(self, **arguments: Any) -> None:
         """Runs the forward kernel; a tensor not given is not touched."""
@@ -199,8 +205,8 @@ class _Launch:
     def _adjoint(self, dy: Tensor, **arguments: Any) -> None:
         """Runs the adjoint kernel; a tensor not given is not touched."""
         call = self.call
-        tensors = ("dx", "ddt", "dsteps", "dB", "dC", "dA", "dD", "dbias", "dweight")
-        strides = {f"{name}_{axis}": 0 for name in ("dx", "ddt") for axis in ("sample", "token", "direction")}
+        tensors = ("dx", "draw", "dmatrices", "dB", "dC", "dA", "dD", "dbias")
+        strides = {f"{name}_{axis}": 0 for name in ("dx", "draw") for axis in ("sample", "token", "direction")}
         states = arguments.pop("states", None)
         modes = {"HAS_LATER": False, "ONLY_EARLIER": False}
         self._run(
@@ -268,7 +274,7 @@ class _Launch:
 
     def _packed_steps(self) -> int:
         """Steps of a program that packs or unpacks."""
-        columns = _power_of_two(max(self.rank, self.call.states, 8))
+        columns = _power_of_two(max(self.call.states, 8))
         return min(max(_PACKED // columns, 2 * self.config.steps), _power_of_two(self.padded))
 
     def _tables(self, table: Tensor | None) -> int:
@@ -291,7 +297,7 @@ class _Launch:
         dt = _last_contiguous(call.dt)
         return {
             **self._rows(call.x).arguments("x"),
-            **_Rows(dt, dt.stride(0), dt.stride(1), dt.stride(2)).arguments("dt"),
+            **_rows(dt).arguments("dt"),
             "weight": self.none if call.dt_weight is None else call.dt_weight.contiguous(),
             "bias": self.none if call.dt_bias is None else call.dt_bias.contiguous(),
             "A": self.A,
@@ -320,7 +326,7 @@ class _Launch:
             "C_PER_TOKEN": call.C is None or call.C.ndim != 3,
             "HAS_SKIP": call.D is not None,
             "ONE_STATE": call.states == self.slots,
-            "UNROLL": 2 if call.states // self.slots % 2 == 0 else 1,
+            "UNROLL": self.unroll,
             "STEPS": config.steps,
             "LOG_STEPS": config.steps.bit_length() - 1,
             "CHANNELS": config.channels,
@@ -347,8 +353,7 @@ class _Launch:
         if tensor.ndim == 4 and self.call.chain:
             tensor = tensor.contiguous()
             return _Rows(tensor, tensor.stride(0), tensor.shape[-1], 0)
-        tensor = _last_contiguous(tensor)
-        return _Rows(tensor, tensor.stride(0), tensor.stride(1), tensor.stride(2) if tensor.ndim == 4 else 0)
+        return _rows(_last_contiguous(tensor))
 
     def _gathered(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
         """Gradients in the shapes of the inputs, from sums over visits, chunks, samples and blocks of channels."""
@@ -362,25 +367,20 @@ class _Launch:
             grads["D"] = over_walks(found["dD"])
         if call.dt_bias is not None:
             grads["dt_bias"] = over_walks(found["dbias"])
-        if call.dt_weight is not None:
-            grads["dt_weight"] = over_walks(found["dweight"])
-        grads |= self._unpacked(found["dsteps"])
-        if call.dt_weight is None:
-            grads["dt"] = found["ddt"]
-        matrices = found["dsteps"][..., self.padded * self.rank :].unflatten(-1, (self.tiles, call.states, 2, -1))
+        grads |= self._unpacked(found["dmatrices"])
+        matrices = found["dmatrices"].unflatten(-1, (self.tiles, call.states, 2, -1))
         for plane, (name, matrix) in enumerate((("B", call.B), ("C", call.C))):
             if matrix is not None and matrix.ndim == 3:
                 grads[name] = over_walks(found[f"d{name}"]).transpose(-1, -2)
             elif matrix is not None and matrix.ndim == 2:
                 grads[name] = over_walks(matrices[..., plane, :].sum((2, 4)))
-        per_row = {"dt", "B", "C"} & {name for name, grad in grads.items() if grad.ndim == 4}
+        per_row = {"B", "C"} & {name for name, grad in grads.items() if grad.ndim == 4}
         return grads | {name: self._over_visits(grads[name]) for name in per_row}
 
-    def _unpacked(self, dsteps: Tensor) -> dict[str, Tensor]:
-        """Gradients of the low-rank dt, B and C (b, l, k, columns), of those that every token has its own of."""
+    def _unpacked(self, dmatrices: Tensor) -> dict[str, Tensor]:
+        """Gradients of B and C (b, l, k, n), of those that every token has its own of."""
         call = self.call
         wanted = {
-            "dt": call.dt if call.dt_weight is not None else None,
             "B": call.B if call.B.ndim == 4 else None,
             "C": call.C if call.C is not None and call.C.ndim == 4 else None,
         }
@@ -394,14 +394,36 @@ class _Launch:
         if grads and grid[0] and grid[1]:
             with torch.accelerator.device_index(call.x.device.index):
                 kernels.unpack_kernel[grid](
-                    dsteps=dsteps, places=self.step_arguments["places"], blocks=self.blocks, walks=self.walks,
-                    sequences=call.sequences, length=self.length, padded=self.padded, rank=self.rank, N=call.states,
-                    tables=self.step_arguments["tables"], **arguments,
-                    LOW_RANK="dt" in grads, B_PER_TOKEN="B" in grads, C_PER_TOKEN="C" in grads,
-                    BLOCK=block, STEPS=self.config.steps, RANKS=_power_of_two(self.rank),
-                    STATES=_power_of_two(call.states),
+                    dmatrices=dmatrices, places=self.step_arguments["places"], blocks=self.blocks, walks=self.walks,
+                    sequences=call.sequences, length=self.length, padded=self.padded, N=call.states,
+                    tables=self.step_arguments["tables"], **arguments, B_PER_TOKEN="B" in grads,
+                    C_PER_TOKEN="C" in grads, BLOCK=block, STEPS=self.config.steps, STATES=_power_of_two(call.states),
                 )  # fmt: skip
         return grads
+
+    def _gradients_of_steps(self, draw: Tensor) -> dict[str, Tensor]:
+        """Gradients of dt and its weight from ``draw`` (b, l, k, d), that of weight·dt + bias."""
+        call, draw = self.call, self._over_visits(draw)
+        if call.dt_weight is None:
+            return {"dt": draw}
+        dt, weight = _last_contiguous(call.dt), call.dt_weight.contiguous()
+        ddt = torch.empty(call.dt.shape, dtype=dt.dtype, device=dt.device)
+        samples, tokens, directions, width = draw.shape
+        blocks = math.ceil(width / _LANES)
+        each = math.ceil(samples / max(1, _PARTS // (directions * blocks)))  # samples of a program
+        parts = self.empty(math.ceil(samples / max(1, each)), directions, width, self.rank)
+        sizes = {"directions": directions, "tokens": tokens, "width": width, "rank": self.rank}
+        tile = {"ROWS": _ROWS, "BLOCK": _LANES, "RANKS": self.switches["RANKS"], "num_warps": 4}
+        rows = _rows(draw).arguments("draw")
+        if draw.numel():
+            with torch.accelerator.device_index(draw.device.index):
+                grid = (samples * directions, math.ceil(tokens / _ROWS))
+                kernels.dt_gradient_kernel[grid](weight=weight, **rows, **_rows(ddt).arguments("ddt"), **sizes, **tile)
+                kernels.weight_gradient_kernel[(directions, blocks, len(parts))](
+                    dweight=parts, samples=samples, samples_each=each, **rows, **_rows(dt).arguments("dt"),
+                    **sizes, **tile,
+                )  # fmt: skip
+        return {"dt": ddt, "dt_weight": parts.sum(0)}
 
     def _over_visits(self, visits: Tensor) -> Tensor:
         """Gradients per visit (b, l, k, c), of the parameter rows that all visits of a chained scan share."""
@@ -463,6 +485,11 @@ def _rows_of_one_stride(tensor: Tensor) -> Tensor:
 def _bfloat16_products(device: torch.device) -> bool:
     """Whether matrix products in bfloat16 run on ``device``; Triton's interpreter has none."""
     return device.type == "cuda" and (torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] >= 8)
+
+
+def _draw_dtype(call: ScanCall) -> torch.dtype:
+    """The dtype of gradients that are only summed up: bfloat16, which has float32's range, or else float32."""
+    return torch.bfloat16 if call.x.dtype == torch.bfloat16 and _bfloat16_products(call.x.device) else torch.float32
 
 
 def _two_a_word(dt: Tensor, rank: int) -> bool:

@@ -20,8 +20,8 @@ from vssm_kernels.scan_call import ScanCall
 _logger = logging.getLogger("vssm")
 _forced: "LaunchConfig | None" = None
 
-_ALL_AT_ONCE = 1000  # warps from which sequences are not cut
-_ENOUGH = 1536  # warps that sequences are cut into, about what an H100 holds at once
+_FEW = {"forward": 1000, "backward": 528}  # programs, below which sequences are cut or warps share states
+_WAVE = {"forward": 1584, "backward": 1056}  # programs that an H100 holds at once: 12 or 8 a multiprocessor
 _SLOTS = 4  # warps that share states, where they do
 _MOST_SLOTS = {"forward": 16, "backward": 4}  # more of them would only do the same work
 _REGISTERS = 65536  # of a multiprocessor
@@ -77,17 +77,22 @@ def heuristic(shape: _Shape) -> LaunchConfig:
     Where sequences are too few to fill the GPU, a few warps share the states of a program going forward, which costs
     a sum over them a step; if those are still too few, and going backward, sequences are cut, for which decays are
     computed twice. A thread of a single state has 128 registers to itself when 16 warps share a multiprocessor; more
-    states and gradients need more.
+    states need more, and gradients twice as many, unless with fewer all programs run at once.
     """
     channels = 16 if shape.width <= 16 else 32
     programs = max(1, shape.batch * shape.sequences * math.ceil(shape.width / channels))
+    backward, wave = shape.phase == "backward", _WAVE[shape.phase]
     slots = chunks = 1
-    if programs < _ALL_AT_ONCE:
-        if shape.phase == "forward" and shape.states % _SLOTS == 0 and programs * _SLOTS >= _ALL_AT_ONCE:
+    if programs < _FEW[shape.phase]:
+        if not backward and shape.states % _SLOTS == 0 and programs * _SLOTS >= _FEW[shape.phase]:
             slots = _SLOTS
         else:
-            chunks = max(1, min(math.ceil(_ENOUGH / programs), shape.length // _SHORTEST))
-    registers = 255 if shape.phase == "backward" else 128 if shape.states == 1 else 168
+            in_a_wave = wave // programs  # if that is a few, rounding leaves much idle: rather more waves
+            wanted = in_a_wave if in_a_wave >= 4 else math.ceil(1.4 * wave / programs)
+            chunks = max(1, min(wanted, shape.length // _SHORTEST))
+    registers = 128 if shape.states == 1 else 168
+    if backward and (shape.states == 1 or not wave < programs <= _WAVE["forward"]):
+        registers = 255
     return LaunchConfig(steps=16, channels=channels, slots=slots, chunks=chunks, registers=registers)
 
 

@@ -25,7 +25,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 # Kernels of a scan are the same for all sizes: their loads are a lane wide, so nothing is gained by knowing multiples.
-_ROWS = ("x", "dt", "z", "y", "dy", "dx", "ddt")
+_ROWS = ("x", "dt", "z", "y", "dy", "dx", "draw")
 _SIZES = [
     *("samples", "sequences", "chained", "length", "padded", "chunk", "chunks", "walks", "width", "N", "rank"),
     *("tables", "unaligned", *(f"{rows}_{axis}" for rows in _ROWS for axis in ("sample", "token", "direction"))),
@@ -262,10 +262,10 @@ def carry_kernel(
 @triton.jit(do_not_specialize=_SIZES)
 def scan_adjoint_kernel(
     x, dt, weight, bias, A, B, C, D, places, gaps, matrices, states, dy, later,
-    dx, ddt, dsteps, dB, dC, dA, dD, dbias, dweight,
+    dx, draw, dmatrices, dB, dC, dA, dD, dbias,
     samples, sequences, chained, length, padded, chunk, width, N, rank, tables, unaligned,
     x_sample, x_token, x_direction, dt_sample, dt_token, dt_direction,
-    dy_sample, dy_token, dy_direction, dx_sample, dx_token, dx_direction, ddt_sample, ddt_token, ddt_direction,
+    dy_sample, dy_token, dy_direction, dx_sample, dx_token, dx_direction, draw_sample, draw_token, draw_direction,
     LOW_RANK: tl.constexpr, TWO_A_WORD: tl.constexpr, RANKS: tl.constexpr, HALF_DOT: tl.constexpr,
     SOFTPLUS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GAP: tl.constexpr, HAS_SKIP: tl.constexpr, CHAIN: tl.constexpr,
     SHARED_X: tl.constexpr, SHARED_DY: tl.constexpr, SAME_ROWS: tl.constexpr, B_PER_TOKEN: tl.constexpr,
@@ -276,9 +276,9 @@ def scan_adjoint_kernel(
 ):  # fmt: skip
     """Takes the steps of a chunk backwards, tile by tile, from the states before each tile that were saved.
 
-    Writes gradients of x at its visits; of what belongs to steps per block of channels and walk to ``dsteps``, (padded,
-    r) of the low-rank dt and then (tiles, n, 2, STEPS) of B and C; of a full dt at its rows; of constants, as of
-    everything else, per walk and chunk. ``later`` (chunks, b·k, n, d) is the gradient of the state after each chunk
+    Writes gradients of x at its visits; ``draw``, of weight·dt + bias, at the rows of dt; of B and C that belong to
+    steps, per block of channels and walk, to ``dmatrices`` (tiles, n, 2, STEPS); of constants, as of everything else,
+    per walk and chunk. ``later`` (chunks, b·k, n, d) is the gradient of the state after each chunk
     and becomes that of the state before it. ``ONLY_EARLIER``: nothing else.
     """
     blocks = tl.cdiv(width, CHANNELS)
@@ -306,11 +306,13 @@ def scan_adjoint_kernel(
     places += walk % tables * 2 * padded
     gaps += walk % tables * padded
     matrices += walk * 2 * N * padded
-    dsteps += (block * walks + walk) * (rank + 2 * N) * padded
-    dmatrices = dsteps + rank * padded
+    dmatrices += (block * walks + walk) * 2 * N * padded
+    draw += sample * draw_sample + (0 if CHAIN else sequence * draw_direction)
     of_matrix = ranks[:, None] + lanes[None, :] * rank
     inside_matrix = (ranks < rank)[:, None] & inside[None, :]
-    matrix = tl.load(weight + sequence * rank * width + of_matrix, mask=inside_matrix, other=0.0).to(tl.float32)
+    matrix = (
+        tl.load(weight + sequence * rank * width + of_matrix, mask=inside_matrix, other=0.0).to(tl.float32) * LOG2_E
+    )
     offset, idle, skip = tiles.load_channels(
         bias, D, sequence * width, lanes, inside, HAS_BIAS, HAS_SKIP, SOFTPLUS, PRECISE, NVIDIA, FULL, CHANNELS
     )
@@ -324,7 +326,6 @@ def scan_adjoint_kernel(
     wide_zero = tl.zeros((1, COLUMNS), tl.float32)
     SAVED: tl.constexpr = HAS_STATES and not ONLY_EARLIER
     q, dA_sum = wide_zero, wide_zero
-    dweight_sum = tiles.zeros_of_weight(RANKS, CHANNELS, SLOTS)
     if ONE_STATE and HAS_LATER:
         q = tiles.load_row(kept, wide, wide_inside, FULL)
     for n in range(own):
@@ -340,8 +341,6 @@ def scan_adjoint_kernel(
 
     # While a tile is at work, the rows of the next one come into the cache, and places of the one after it are loaded;
     # states are loaded one group ahead.
-    of_ddts = offsets[:, None] * rank + ranks[None, :]
-    in_ddts = tl.broadcast_to((ranks < rank)[None, :], (STEPS, RANKS))
     first = begin + (count - 1) * STEPS
     place = tiles.load_pair(places + 2 * first, STEPS)
     next_place = tiles.load_pair(places + 2 * tl.maximum(first - STEPS, begin), STEPS)
@@ -380,7 +379,7 @@ def scan_adjoint_kernel(
         place = next_place
         next_place = tiles.load_pair(places + 2 * tl.maximum(first - 2 * STEPS, begin), STEPS)
         gap = tl.load(gaps + steps) if HAS_GAP else 0.0
-        raw = tiles.raw_steps(dts, matrix * LOG2_E, offset, LOW_RANK, HALF_DOT, STEPS, CHANNELS)
+        raw = tiles.raw_steps(dts, matrix, offset, LOW_RANK, HALF_DOT, STEPS, CHANNELS)
         step, decay_step = tiles.steps_of_tile(
             raw, gap, idle, exists, SOFTPLUS, HAS_GAP, MASKED, PRECISE, NVIDIA, STEPS, LOG_STEPS, CHANNELS, SLOTS
         )
@@ -436,29 +435,22 @@ def scan_adjoint_kernel(
             if SLOTS > 1:
                 dsource = tiles.settled(tiles.over_slots(dsource, LOG_SLOTS, STEPS, CHANNELS), NVIDIA)
                 ddecay = tiles.settled(tiles.over_slots(ddecay, LOG_SLOTS, STEPS, CHANNELS), NVIDIA)
-            draw = xs * dsource * LOG2_E + ddecay
+            draw_tile = xs * dsource * LOG2_E + ddecay
             if SOFTPLUS:
-                draw *= tiles.softplus_slope(step, PRECISE, NVIDIA)
+                draw_tile *= tiles.softplus_slope(step, PRECISE, NVIDIA)
             if MASKED:
-                draw = tl.where(exists[:, None], draw, 0.0)
+                draw_tile = tl.where(exists[:, None], draw_tile, 0.0)
             dx_tile = step * dsource
             if HAS_SKIP:
                 dx_tile += skip * dys
                 dD_sum += tiles.over_steps(dys * xs, SLOTS)
             dx_at = dx + visit[:, None] * (x_token if SAME_ROWS else dx_token) + lanes[None, :]
             tiles.store_tokens(dx_at, dx_tile, first, end, inside, STEPS, FULL)
-            dbias_sum += tiles.over_steps(draw, SLOTS)
+            draw_at = draw + row[:, None] * draw_token + lanes[None, :]
+            tiles.store_tokens(draw_at, draw_tile, first, end, inside, STEPS, FULL)
+            dbias_sum += tiles.over_steps(draw_tile, SLOTS)
             if HAS_GAP:
                 didle_sum += tiles.over_steps(ddecay * gap[:, None], SLOTS)
-            if LOW_RANK:
-                ddts, dweight_sum = tiles.low_rank_gradients(
-                    draw, dts, matrix, dweight_sum, EXACT_DOT, SPLIT, STEPS, LOG_STEPS, CHANNELS, SLOTS
-                )
-                tl.store(dsteps + first * rank + of_ddts, ddts, mask=in_ddts)
-            else:
-                ddt_at = ddt + sample * ddt_sample + (0 if CHAIN else sequence * ddt_direction)
-                ddt_at += row[:, None] * ddt_token + lanes[None, :]
-                tiles.store_tokens(ddt_at, draw, first, end, inside, STEPS, FULL)
         first = ahead
 
     if ONE_STATE:
@@ -474,46 +466,34 @@ def scan_adjoint_kernel(
             didle_sum = tl.sum(didle_sum, 0, keep_dims=True)
             dbias_sum += didle_sum * (tiles.softplus_slope(idle, PRECISE, NVIDIA) if SOFTPLUS else 1.0)
         tl.store(dbias + at, dbias_sum, mask=inside[None, :])
-        if LOW_RANK:
-            of_walk = (chunk_index * walks + walk) * rank * width
-            tl.store(dweight + of_walk + of_matrix, tl.reshape(dweight_sum, (RANKS, CHANNELS)), mask=inside_matrix)
 
 
 @triton.jit
 def unpack_kernel(
-    dsteps, places, ddt, dB, dC,
-    blocks, walks, sequences, length, padded, rank, N, tables,
-    ddt_sample, ddt_token, ddt_direction, dB_sample, dB_token, dB_direction, dC_sample, dC_token, dC_direction,
-    LOW_RANK: tl.constexpr, B_PER_TOKEN: tl.constexpr, C_PER_TOKEN: tl.constexpr,
-    BLOCK: tl.constexpr, STEPS: tl.constexpr, RANKS: tl.constexpr, STATES: tl.constexpr,
+    dmatrices, places, dB, dC,
+    blocks, walks, sequences, length, padded, N, tables,
+    dB_sample, dB_token, dB_direction, dC_sample, dC_token, dC_direction,
+    B_PER_TOKEN: tl.constexpr, C_PER_TOKEN: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
+    STATES: tl.constexpr,
 ):  # fmt: skip
-    """Sums gradients of what belongs to steps over blocks of channels, and writes them to the rows of tokens."""
+    """Sums gradients of B and C over blocks of channels, and writes them to the rows of tokens."""
     walk = tl.program_id(0).to(tl.int64)
     sample, sequence = walk // sequences, walk % sequences
     s = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    exists = (s < length)[:, None]
+    n = tl.arange(0, STATES)[None, :]
+    inside = (s < length)[:, None] & (n < N)
     row = tl.load(places + 2 * (walk % tables * padded + s - s % STEPS) + s % STEPS, mask=s < length, other=0)
     row = row.to(tl.int64)[:, None]
-    dsteps += walk * (rank + 2 * N) * padded
-    of_block = (walks + tl.zeros((), tl.int64)) * (rank + 2 * N) * padded
-    n = tl.arange(0, STATES)[None, :]
-    if LOW_RANK:
-        c = tl.arange(0, RANKS)[None, :]
-        inside = exists & (c < rank)
-        total = tl.zeros((BLOCK, RANKS), tl.float32)
-        for block in range(blocks):
-            total += tl.load(dsteps + block * of_block + s[:, None] * rank + c, mask=inside, other=0.0)
-        to = ddt + sample * ddt_sample + sequence * ddt_direction + row * ddt_token + c
-        tl.store(to, total.to(ddt.dtype.element_ty), mask=inside)
-    dmatrices = dsteps + rank * padded + tl.program_id(1) * BLOCK * 2 * N
+    of_block = (walks + tl.zeros((), tl.int64)) * 2 * N * padded
+    dmatrices += walk * 2 * N * padded + tl.program_id(1) * BLOCK * 2 * N
     if B_PER_TOKEN:
         total = _sum_of_matrix(dmatrices, blocks, of_block, padded, N, BLOCK, STEPS, STATES)
         to = dB + sample * dB_sample + sequence * dB_direction + row * dB_token + n
-        tl.store(to, total.to(dB.dtype.element_ty), mask=exists & (n < N))
+        tl.store(to, total.to(dB.dtype.element_ty), mask=inside)
     if C_PER_TOKEN:
         total = _sum_of_matrix(dmatrices + STEPS, blocks, of_block, padded, N, BLOCK, STEPS, STATES)
         to = dC + sample * dC_sample + sequence * dC_direction + row * dC_token + n
-        tl.store(to, total.to(dC.dtype.element_ty), mask=exists & (n < N))
+        tl.store(to, total.to(dC.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -530,6 +510,56 @@ def _sum_of_matrix(
         at = dmatrices + block * of_block + (tile * N + n) * 2 * STEPS + step
         total += tl.load(at, mask=inside, other=0.0)
     return tl.reshape(tl.permute(total, (0, 2, 1)), (BLOCK, STATES))
+
+
+@triton.jit(do_not_specialize=["directions", "tokens"])
+def dt_gradient_kernel(
+    draw, weight, ddt, directions, tokens, width, rank,
+    draw_sample, draw_token, draw_direction, ddt_sample, ddt_token, ddt_direction,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, RANKS: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the low-rank dt, (b, l, k, r): draw (b, l, k, d) times the weight (k, d, r)."""
+    sample, direction = (tl.program_id(0) // directions).to(tl.int64), (tl.program_id(0) % directions).to(tl.int64)
+    row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    channels, ranks = tl.arange(0, BLOCK), tl.arange(0, RANKS)[None, :]
+    draw += sample * draw_sample + direction * draw_direction + row * draw_token
+    weight += direction * width * rank
+    total = tl.zeros((ROWS, RANKS), tl.float32)
+    for first in range(0, width, BLOCK):
+        channel = first + channels
+        steps = tl.load(draw + channel[None, :], mask=(row < tokens) & (channel < width)[None, :], other=0.0)
+        inside = (channel < width)[:, None] & (ranks < rank)
+        of_channels = tl.load(weight + channel[:, None] * rank + ranks, mask=inside, other=0.0)
+        total = tl.dot(steps, of_channels.to(steps.dtype), total, input_precision="ieee")
+    at = ddt + sample * ddt_sample + direction * ddt_direction + row * ddt_token + ranks
+    tl.store(at, total.to(ddt.dtype.element_ty), mask=(row < tokens) & (ranks < rank))
+
+
+@triton.jit(do_not_specialize=["samples", "directions", "tokens", "samples_each"])
+def weight_gradient_kernel(
+    draw, dt, dweight, samples, directions, tokens, width, rank, samples_each,
+    draw_sample, draw_token, draw_direction, dt_sample, dt_token, dt_direction,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, RANKS: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the weight of dt: drawᵀ·dt of a few samples, (parts, k, d, r)."""
+    direction = tl.program_id(0).to(tl.int64)
+    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    rows, ranks = tl.arange(0, ROWS)[:, None], tl.arange(0, RANKS)[None, :]
+    begin = tl.program_id(2).to(tl.int64) * samples_each
+    draw += begin * draw_sample + direction * draw_direction
+    dt += begin * dt_sample + direction * dt_direction
+    total = tl.zeros((BLOCK, RANKS), tl.float32)
+    for _ in range(tl.minimum(samples_each, samples - begin)):
+        for first in range(0, tokens, ROWS):
+            row = (first + rows).to(tl.int64)
+            inside = (row < tokens) & (channel < width)[None, :]
+            steps = tl.load(draw + row * draw_token + channel[None, :], mask=inside, other=0.0)
+            dts = tl.load(dt + row * dt_token + ranks, mask=(row < tokens) & (ranks < rank), other=0.0)
+            total = tl.dot(tl.trans(steps), dts.to(steps.dtype), total, input_precision="ieee")
+        draw += draw_sample
+        dt += dt_sample
+    at = ((tl.program_id(2) * directions + direction) * width + channel[:, None]) * rank + ranks
+    tl.store(dweight + at, total, mask=(channel < width)[:, None] & (ranks < rank))
 
 
 @triton.jit

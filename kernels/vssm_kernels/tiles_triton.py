@@ -111,18 +111,11 @@ def pinned(tile, STEPS: tl.constexpr, LOG_STEPS: tl.constexpr, CHANNELS: tl.cons
 
 
 @triton.jit
-def halves(tile, PINNED: tl.constexpr, STEPS: tl.constexpr, LOG_STEPS: tl.constexpr, CHANNELS: tl.constexpr):
+def halves(tile, STEPS: tl.constexpr, LOG_STEPS: tl.constexpr, CHANNELS: tl.constexpr):
     """The tile as the sum of two in bfloat16."""
-    if PINNED:
-        high = tile.to(tl.bfloat16)
-        low = (tile - high.to(tl.float32)).to(tl.bfloat16)
-        high, low = pinned(high, STEPS, LOG_STEPS, CHANNELS), pinned(low, STEPS, LOG_STEPS, CHANNELS)
-    else:
-        turned = tl.trans(tile)
-        high = turned.to(tl.bfloat16)
-        low = tl.trans((turned - high.to(tl.float32)).to(tl.bfloat16))
-        high = tl.trans(high)
-    return high, low
+    high = tile.to(tl.bfloat16)
+    low = (tile - high.to(tl.float32)).to(tl.bfloat16)
+    return pinned(high, STEPS, LOG_STEPS, CHANNELS), pinned(low, STEPS, LOG_STEPS, CHANNELS)
 
 
 @triton.jit
@@ -407,7 +400,7 @@ def sums_over_channels(
     """Adds a wide tile's sums over channels to a column of ``sums`` (SLOTS, STEPS, 16), by a product with ones."""
     one = tl.where(tl.arange(0, 16) == column, 1.0, 0.0).to(tl.bfloat16)
     one = tl.broadcast_to(one[None, None, :], (SLOTS, CHANNELS, 16))
-    high, low = halves(tile, True, STEPS, LOG_STEPS, SLOTS * CHANNELS)
+    high, low = halves(tile, STEPS, LOG_STEPS, SLOTS * CHANNELS)
     sums = tl.dot(of_slots(high, SLOTS, STEPS, CHANNELS), one, sums)
     if SPLIT:
         sums = tl.dot(of_slots(low, SLOTS, STEPS, CHANNELS), one, sums)
@@ -432,50 +425,3 @@ def store_sums(
     both *= tl.where(column == 0, LN_2, 1.0)
     at += tl.arange(0, SLOTS)[:, None, None] * (own * 2 * STEPS) + tl.arange(0, STEPS)[None, :, None]
     tl.store(at + column * STEPS, both, mask=column < 2)
-
-
-@triton.jit
-def zeros_of_weight(RANKS: tl.constexpr, CHANNELS: tl.constexpr, SLOTS: tl.constexpr):
-    """Where :func:`add_products` sums up the gradient of the weight."""
-    return tl.zeros((RANKS, CHANNELS) if SLOTS == 1 else (RANKS // 16, 16, CHANNELS), tl.float32)
-
-
-@triton.jit
-def add_products(dweight, rows, draw, SLOTS: tl.constexpr):
-    """Adds rowsᵀ·draw, (RANKS, STEPS) by (STEPS, CHANNELS).
-
-    Several warps take the product in slices: the compiler would lay out all products of the kernel like a square one,
-    each warp doing the same.
-    """
-    rows = tl.trans(rows)
-    if SLOTS == 1:
-        dweight = tl.dot(rows, draw, dweight, input_precision="ieee")
-    else:
-        SLICES: tl.constexpr = dweight.shape[0]
-        rows = tl.reshape(rows, (SLICES, 16, rows.shape[1]))
-        draw = tl.broadcast_to(draw[None, :, :], (SLICES, draw.shape[0], draw.shape[1]))
-        dweight = tl.dot(rows, draw, dweight, input_precision="ieee")
-    return dweight
-
-
-@triton.jit
-def low_rank_gradients(
-    draw, dts, matrix, dweight, EXACT_DOT: tl.constexpr, SPLIT: tl.constexpr,
-    STEPS: tl.constexpr, LOG_STEPS: tl.constexpr, CHANNELS: tl.constexpr, SLOTS: tl.constexpr,
-):  # fmt: skip
-    """Gradients of the rows of dt, draw·weightᵀ (STEPS, RANKS), and of the weight, with dtᵀ·draw added."""
-    if EXACT_DOT:
-        ddts = tl.dot(draw, tl.trans(matrix), input_precision="ieee")
-        dweight = add_products(dweight, dts.to(tl.float32), draw, SLOTS)
-    else:
-        draw, draw_rest = halves(draw, SLOTS == 1, STEPS, LOG_STEPS, CHANNELS)
-        high = matrix.to(tl.bfloat16)
-        ddts = tl.dot(draw, tl.trans(high))
-        rows = dts.to(tl.bfloat16)
-        dweight = add_products(dweight, rows, draw, SLOTS)
-        if SPLIT:
-            rest = (matrix - high.to(tl.float32)).to(tl.bfloat16)
-            ddts = tl.dot(draw_rest, tl.trans(high), tl.dot(draw, tl.trans(rest), ddts))
-            rows_rest = (dts.to(tl.float32) - rows.to(tl.float32)).to(tl.bfloat16)
-            dweight = add_products(add_products(dweight, rows, draw_rest, SLOTS), rows_rest, draw, SLOTS)
-    return ddts, dweight

@@ -27,12 +27,12 @@ USUAL = {
 }  # fmt: skip
 PLAIN_FLOAT32 = {"TWO_A_WORD": False, "HALF_DOT": False, "PRECISE": True, "EXACT_DOT": True}
 INTEGERS = ("places", "order", "gap")
-HALF = ("x", "dt", "z", "y", "dy", "dx", "parts", "out", "dz")
+HALF = ("x", "dt", "z", "y", "dy", "dx", "draw", "ddt", "parts", "out", "dz")
 
 
 NUMBERS = (
     "samples", "sequences", "chained", "length", "padded", "chunk", "chunks", "walks", "width", "N", "rank", "tables",
-    "unaligned", "steps", "blocks", "columns", "directions",
+    "unaligned", "steps", "blocks", "columns", "directions", "tokens", "samples_each",
 )  # fmt: skip
 
 
@@ -121,6 +121,14 @@ def test_a_thread_holds_the_steps_of_its_channels(model, registers, tmp_path):
     assert "shfl" not in compiled.asm["ptx"]
 
 
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: f"{target.backend}-{target.arch}")
+def test_products_with_dt(target):
+    tile = {"ROWS": 64, "BLOCK": 32, "RANKS": 16}
+    half = "fp32" if target.arch == 75 else "bf16"
+    for kernel in (scan_triton.dt_gradient_kernel, scan_triton.weight_gradient_kernel):
+        assert _compile(kernel, target, half, tile, num_warps=4).asm
+
+
 def test_small_kernels():
     elementwise = {"ROWS": 16, "BLOCK": 128, "GATED": True}
     pack = {
@@ -129,7 +137,7 @@ def test_small_kernels():
     }  # fmt: skip
     carry = {"HAS_FIRST": True, "REVERSE": True, "CHANNELS": 32, "PRECISE": True, "NVIDIA": True}
     unpack = {
-        "LOW_RANK": True, "B_PER_TOKEN": True, "C_PER_TOKEN": True, "BLOCK": 64, "STEPS": 16, "RANKS": 8, "STATES": 16,
+        "B_PER_TOKEN": True, "C_PER_TOKEN": True, "BLOCK": 64, "STEPS": 16, "STATES": 16,
     }  # fmt: skip
     for kernel, constants, also_numbers in (
         (scan_triton.merge_kernel, elementwise, ("rows",)),
