@@ -21,6 +21,7 @@ SHAPES = {
     "several tiles": (1, 1, 4, 4, (9, 6), 5, (1, 1)),
     "unlike channels": (2, 2, 3, 20, (4, 5), 3, (1, 1)),
     "dilated": (2, 1, 6, 6, (7, 10), 3, (2, 3)),
+    "several blocks in a row": (1, 1, 4, 4, (3, 21), 3, (1, 1)),
     "several tiles of remainders": (1, 1, 4, 4, (11, 6), 3, (2, 1)),
 }
 
@@ -74,14 +75,14 @@ def test_values_may_be_of_another_dtype(device):
 
 
 @pytest.mark.usefixtures("backend_beside_scan", "poisoned_memory")
-@pytest.mark.parametrize("side", [4, 8])
-def test_sizes_of_launches(side, device, kernels, monkeypatch):
+@pytest.mark.parametrize(("shape", "side"), [("one tile", 4), ("one tile", 8), ("several blocks in a row", 8)])
+def test_sizes_of_launches(shape, side, device, kernels, monkeypatch):
     """Other tiles and blocks; two samples are summed in a program, and the third in the next."""
     config = kernels.LaunchConfig(block=32 if side == 4 else 16, columns=8, sides=(side,))
     monkeypatch.setattr(kernels, "FORWARD", config)
     monkeypatch.setattr(kernels, "BACKWARD", config)
     monkeypatch.setattr(kernels, "BUSY", 2)
-    _compare("one tile", device, dtype=torch.float32)
+    _compare(shape, device, dtype=torch.float32)
 
 
 def test_no_samples_have_no_results(backend_beside_scan, device):

@@ -81,9 +81,11 @@ def scanned_by_hand(mixer: MASS, u: Tensor, near_a: Tensor, far_a: Tensor) -> Te
     return torch.stack(readouts, 1) * fused + ssm.D[0] * u
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["tiles", "fused op"])
 @pytest.mark.parametrize("size", [(7, 5), (3, 4)], ids=str)
 @pytest.mark.parametrize("kind", [MASS, GlobalAttentionMixer])
-def test_mixer_against_loops(kind, size):
+def test_mixer_against_loops(kind, size, fused, monkeypatch):
+    monkeypatch.setattr("vssm.layers.neighborhood.FUSED", ("cpu",) if fused else ())
     arguments = {"grid_size": size} if kind is GlobalAttentionMixer else {}
     mixer = kind(32, num_heads=4, window=3, **arguments).double().eval()
     for parameter in mixer.parameters():

@@ -9,7 +9,7 @@ from vssm_kernels import neighbourhood_attention
 from vssm_kernels.neighbourhood_attention import check_windows
 from vssm_kernels.neighbourhood_attention_torch import Tiles
 
-# Where weights are formed anew for every set of values: a fused kernel does that faster than memory could hold them.
+# Where weights are formed anew for every set of values, by a kernel that keeps none of them in memory.
 FUSED = ("cuda",)
 
 

@@ -4,9 +4,9 @@ Paper: Lou et al., "A2Mamba: Attention-augmented State Space Models for Visual R
     https://arxiv.org/abs/2507.16624
 Official code: https://github.com/LMMMEng/A2Mamba (models/a2mamba.py); no licence is stated for code or weights.
 
-What differs from the official code: neighbourhood attention is written out in tiles of tokens and needs no compiled
-extension; the scan hands out its states, which the official kernel is modified for; linear layers on tokens take the
-place of 1×1 convolutions; a stage starts with its downsampling.
+What differs from the official code: neighbourhood attention is a Triton kernel on GPUs and written out in tiles of
+tokens elsewhere, and needs no compiled extension; the scan hands out its states, which the official kernel is modified
+for; linear layers on tokens take the place of 1×1 convolutions; a stage starts with its downsampling.
 """
 
 import math
