@@ -6,6 +6,7 @@ of keys, whose queries it walks over. Both are a rectangle of the grid, and what
 places in such a grid, tokens places in the map.
 """
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -37,7 +38,9 @@ class LaunchConfig:
 
 # Registers decide: more of a tile's pairs at once would leave room for fewer warps.
 FORWARD = LaunchConfig(block=32)
-BACKWARD = LaunchConfig(block=16)
+QUERIES = LaunchConfig(block=16)
+KEYS = LaunchConfig(block=16)
+BIASES = LaunchConfig(block=16)
 # Programs from which on samples are summed inside a program rather than kept apart: some for each multiprocessor.
 BUSY = 2048
 
@@ -451,8 +454,8 @@ def forward(
     """Result (b, l, heads, f) in the dtype of ``v``, and log Σ exp of the scores of each token, (b, heads, l)."""
     y = v.new_empty(v.shape)
     lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
-    launch = _Launch({"q": q, "k": k, "v": v}, bias, FORWARD, size=size, window=window, dilation=dilation)
-    launch.run(attention_forward_kernel, y=y, lse=lse)
+    launch = _Launch({"q": q, "k": k, "v": v}, bias, size=size, window=window, dilation=dilation)
+    launch.run(attention_forward_kernel, FORWARD, y=y, lse=lse)
     return y, lse
 
 
@@ -471,26 +474,19 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and bias in their shapes, contiguous, that of the bias in float32."""
     dq, dk, dv, dots = (tensor.new_empty(tensor.shape) for tensor in (q, k, v, lse))
-    tensors = {"q": q, "k": k, "v": v, "dy": dy}
-    launch = _Launch(tensors, bias, BACKWARD, size=size, window=window, dilation=dilation)
-    launch.run(attention_queries_kernel, y=y, lse=lse, dq=dq, dots=dots)
-    launch.run(attention_keys_kernel, lse=lse, dk=dk, dv=dv, dots=dots)
-    samples, programs = q.shape[0], launch.blocks * launch.tiles
-    chunk = -(-samples // max(1, min(samples, -(-BUSY // programs)))) or 1
-    chunks = -(-samples // chunk)
-    sums = lse.new_empty(chunks, q.shape[2], *size, window, window)
-    counts = {"samples": samples, "blocks": launch.blocks, "chunk": chunk}
-    launch.run(attention_biases_kernel, programs=chunks * programs, lse=lse, dots=dots, sums=sums, **counts)
-    return dq, dk, dv, _sum_of_biases(sums.sum(0), window=window, dilation=dilation)
+    launch = _Launch({"q": q, "k": k, "v": v, "dy": dy}, bias, size=size, window=window, dilation=dilation)
+    launch.run(attention_queries_kernel, QUERIES, y=y, lse=lse, dq=dq, dots=dots)
+    launch.run(attention_keys_kernel, KEYS, lse=lse, dk=dk, dv=dv, dots=dots)
+    sums = launch.sums_of_pairs(lse, dots)
+    return dq, dk, dv, _sum_of_biases(sums, window=window, dilation=dilation)
 
 
 class _Launch:
-    """The launches of one call: its tiles and the arguments that kernels share.
+    """The launches of one call, and the arguments that kernels share.
 
     Args:
         tensors: What kernels read rows of, by name.
         bias: The table of biases.
-        config: Sizes.
         size: Rows and columns of the map.
         window: Side of a window.
         dilation: By rows and columns.
@@ -500,21 +496,17 @@ class _Launch:
         self,
         tensors: dict[str, Tensor],
         bias: Tensor,
-        config: LaunchConfig,
         *,
         size: Sequence[int],
         window: int,
         dilation: Sequence[int],
     ) -> None:
         tensors = {name: tensor if tensor.stride(-1) == 1 else tensor.contiguous() for name, tensor in tensors.items()}
-        samples, _, heads, dim = tensors["q"].shape
+        self._samples, _, heads, dim = tensors["q"].shape
         values = tensors["v"].shape[-1]
-        members = [-(-cells // step) for cells, step in zip(size, dilation, strict=True)]
-        tiling = Tiling.of(members, window, config)
-        self.tiles = heads * math.prod(tiling.tiles) * math.prod(dilation)  # of a sample
-        self.blocks = tiling.blocks
-        self._programs = samples * self.tiles
-        self._options = {"num_warps": tiling.warps, "num_stages": config.stages}
+        self._members = -(-size[0] // dilation[0]), -(-size[1] // dilation[1])
+        self._grids = heads * math.prod(dilation)  # of a sample
+        self._map = heads, *size, window, window
         self._device = bias.device
         self._arguments: dict[str, Any] = {
             **tensors,
@@ -524,8 +516,6 @@ class _Launch:
             "width": size[1],
             "dilation_y": dilation[0],
             "dilation_x": dilation[1],
-            "tiles_y": tiling.tiles[0],
-            "tiles_x": tiling.tiles[1],
             "DIM": dim,
             "PADDED": max(16, triton.next_power_of_2(dim)),
             "VALUES": values,
@@ -533,18 +523,42 @@ class _Launch:
             "WINDOW": window,
             "ALIGNED": _alignment(tensors.values()),
             "WIDE": _lacks_products(bias.device, tensors.values()),
-            **tiling.constants,
         }
         for name, tensor in tensors.items():
             strides = zip(("sample", "token", "head"), tensor.stride(), strict=False)
             self._arguments |= {f"{name}_{axis}": stride for axis, stride in strides}
 
-    def run(self, kernel: Any, *, programs: int | None = None, **arguments: Any) -> None:
-        """Runs a kernel, one program for each tile of each sample unless there is another number of them."""
-        programs = self._programs if programs is None else programs
+    def run(
+        self, kernel: Any, config: LaunchConfig, *, groups: int | None = None, parts: int = 1, **arguments: Any
+    ) -> None:
+        """Runs a kernel, so many programs for each tile of each group of samples, or of each sample."""
+        tiling = self.tiling(config)
+        programs = (self._samples if groups is None else groups) * self._grids * math.prod(tiling.tiles) * parts
         if programs:
             with torch.accelerator.device_index(self._device.index):
-                kernel[(programs,)](**self._arguments, **arguments, **self._options)
+                kernel[(programs,)](
+                    **self._arguments,
+                    **tiling.arguments,
+                    **arguments,
+                    num_warps=tiling.warps,
+                    num_stages=config.stages,
+                )
+
+    def tiling(self, config: LaunchConfig) -> "Tiling":
+        """The tiles of one kernel."""
+        return Tiling.of(*self._members, window=self._arguments["WINDOW"], config=config)
+
+    def sums_of_pairs(self, lse: Tensor, dots: Tensor) -> Tensor:
+        """Gradients of scores, summed over samples, (heads, h, w, window, window)."""
+        tiling = self.tiling(BIASES)
+        programs = self._grids * math.prod(tiling.tiles) * tiling.blocks
+        chunk = -(-self._samples // max(1, min(self._samples, -(-BUSY // programs)))) or 1
+        groups = -(-self._samples // chunk)
+        sums = lse.new_empty(groups, *self._map)
+        counts = {"samples": self._samples, "chunk": chunk, "blocks": tiling.blocks}
+        tensors = {"lse": lse, "dots": dots, "sums": sums}
+        self.run(attention_biases_kernel, BIASES, groups=groups, parts=tiling.blocks, **tensors, **counts)
+        return sums.sum(0)
 
 
 @dataclass(frozen=True)
@@ -566,25 +580,25 @@ class Tiling:
     warps: int
 
     @classmethod
-    def of(cls, members: Sequence[int], window: int, config: LaunchConfig) -> "Tiling":
+    @functools.lru_cache
+    def of(cls, rows: int, columns: int, *, window: int, config: LaunchConfig) -> "Tiling":
         """For a grid of so many rows and columns, with the sides that multiply the fewest pairs."""
-        columns = config.columns if members[1] > config.columns // 2 else config.columns // 2
-        block = config.block // columns, columns
-        axes = [_Axis.of(n, window, unit, config.sides) for n, unit in zip(members, block, strict=True)]
-        sides = axes[0].side, axes[1].side
+        width = config.columns if columns > config.columns // 2 else config.columns // 2
+        block = config.block // width, width
+        y, x = (_Axis.of(n, window, unit, config.sides) for n, unit in zip((rows, columns), block, strict=True))
         return cls(
-            sides=sides,
-            tiles=(axes[0].tiles, axes[1].tiles),
+            sides=(y.side, x.side),
+            tiles=(y.tiles, x.tiles),
             block=block,
-            blocks=axes[0].blocks * axes[1].blocks,
-            warps=max(1, math.prod(sides) // config.tokens_per_warp),
+            blocks=y.blocks * x.blocks,
+            warps=max(1, y.side * x.side // config.tokens_per_warp),
         )
 
     @property
-    def constants(self) -> dict[str, int]:
+    def arguments(self) -> dict[str, int]:
         """As kernels take them."""
-        names = "SIDE_Y", "SIDE_X", "ROWS", "COLUMNS"
-        return dict(zip(names, (*self.sides, *self.block), strict=True))
+        names = "tiles_y", "tiles_x", "SIDE_Y", "SIDE_X", "ROWS", "COLUMNS"
+        return dict(zip(names, (*self.tiles, *self.sides, *self.block), strict=True))
 
 
 class _Axis(NamedTuple):

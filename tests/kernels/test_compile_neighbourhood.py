@@ -13,9 +13,9 @@ pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reaso
 
 KERNELS = {  # and with which sizes they are launched
     "forward": kernels.FORWARD,
-    "queries": kernels.BACKWARD,
-    "keys": kernels.BACKWARD,
-    "biases": kernels.BACKWARD,
+    "queries": kernels.QUERIES,
+    "keys": kernels.KEYS,
+    "biases": kernels.BIASES,
 }
 ROWS = ("q", "k", "v", "y", "dy", "dq", "dk", "dv")
 A2MAMBA = {"DIM": 24, "PADDED": 32, "VALUES": 24, "PADDED_VALUES": 32, "ALIGNED": 8, "WIDE": False}
@@ -24,16 +24,16 @@ GRIDS = {"dilated": (12, 12, 11), "wide window": (56, 56, 11), "one window": (7,
 
 
 def _compile(name, target, dtype, grid, **switches):
-    *members, window = GRIDS[grid]
+    rows, columns, window = GRIDS[grid]
     config = KERNELS[name]
-    tiling = kernels.Tiling.of(members, window, config)
+    tiling = kernels.Tiling.of(rows, columns, window=window, config=config)
 
     def type_of(argument):
         if argument in kernels.SIZES or argument.endswith(("_sample", "_token", "_head")):
             return "i32"
         return "*" + (dtype if argument in ROWS else "fp32")
 
-    constants = A2MAMBA | {"WINDOW": window} | tiling.constants | switches
+    constants = A2MAMBA | {"WINDOW": window} | tiling.arguments | switches
     options = {"num_warps": tiling.warps, "num_stages": config.stages}
     return compile_kernel(getattr(kernels, f"attention_{name}_kernel"), target, constants, type_of, **options)
 

@@ -79,8 +79,8 @@ def test_values_may_be_of_another_dtype(device):
 def test_sizes_of_launches(shape, side, device, kernels, monkeypatch):
     """Other tiles and blocks; two samples are summed in a program, and the third in the next."""
     config = kernels.LaunchConfig(block=32 if side == 4 else 16, columns=8, sides=(side,))
-    monkeypatch.setattr(kernels, "FORWARD", config)
-    monkeypatch.setattr(kernels, "BACKWARD", config)
+    for name in ("FORWARD", "QUERIES", "KEYS", "BIASES"):
+        monkeypatch.setattr(kernels, name, config)
     monkeypatch.setattr(kernels, "BUSY", 2)
     _compare(shape, device, dtype=torch.float32)
 
