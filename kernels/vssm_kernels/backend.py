@@ -30,6 +30,20 @@ def available_backends() -> tuple[str, ...]:
     return tuple(names)
 
 
+def backends_on(device_type: str) -> tuple[str, ...]:
+    """Those of :func:`available_backends` that run on tensors of ``device_type``."""
+    return tuple(
+        name
+        for name in available_backends()
+        if _home(name) in (None, device_type) or (name == "triton" and _interpreted())
+    )
+
+
+def _home(name: str) -> str | None:
+    """The type of device that a backend needs; None for one that runs on all."""
+    return next((device for device, fastest in _FASTEST.items() if fastest == name), None)
+
+
 def _interpreted() -> bool:
     """Whether Triton runs its kernels on the CPU, step by step, which tests use."""
     return os.environ.get("TRITON_INTERPRET") == "1"
@@ -78,10 +92,9 @@ def backend_name(device_type: str) -> str:
     name = _override or _checked(os.environ.get("VSSM_SCAN_BACKEND") or "auto")
     if name == "auto":
         name = _fastest(device_type)
-    needed = next((device for device, fastest in _FASTEST.items() if fastest == name), device_type)
-    if device_type != needed and not (name == "triton" and _interpreted()):
+    if name not in backends_on(device_type):
         raise ValueError(
-            f"scan backend: {name} needs tensors on {needed}, got {device_type}; use_backend('auto') or 'torch'"
+            f"scan backend: {name} needs tensors on {_home(name)}, got {device_type}; use_backend('auto') or 'torch'"
         )
     if (name, device_type) not in _announced:
         _announced.add((name, device_type))
