@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import vssm
 from vssm.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -76,6 +77,11 @@ def test_version_is_said_once_and_everywhere_the_same(capsys):
     assert version("vssm") == declared, "installed metadata is older than pyproject.toml: pip install -e . again"
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"vssm {declared}\n"
+    assert vssm.__version__ == declared
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert re.search(r"^version: (.+)$", citation, re.MULTILINE)[1] == declared
+    newest = re.search(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert newest[1] == declared
 
 
 def test_script_and_module_work_from_a_foreign_folder_without_gpu(tmp_path):
