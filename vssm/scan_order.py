@@ -167,10 +167,18 @@ def local_order(
     """
     tokens = height * width
     walks = [_local_walk(direction, height, width, device) for direction in directions]
-    steps = [(walk == tokens).byte().argsort(stable=True)[:tokens] for walk in walks]
+    steps = [_steps_at_tokens(walk, tokens) for walk in walks]
     order = torch.stack([walk[each] for walk, each in zip(walks, steps, strict=True)])
     gap = torch.stack([each.diff(prepend=each.new_full((1,), -1)) - 1 for each in steps])
     return order, gap.to(torch.int32)
+
+
+def _steps_at_tokens(walk: Tensor, tokens: int) -> Tensor:
+    """Steps of a walk (t,) that are at tokens, not at padding cells, (tokens,); without sorting, which ONNX cannot."""
+    is_token = walk < tokens
+    rank = torch.where(is_token, is_token.cumsum(0) - 1, tokens)
+    steps = torch.arange(walk.shape[0], device=walk.device)
+    return steps.new_zeros(tokens + 1).scatter(0, rank, steps)[:tokens]
 
 
 @cached

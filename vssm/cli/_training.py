@@ -59,6 +59,11 @@ def key_value(text: str) -> tuple[str, Any]:
 def add_model_arguments(group: argparse._ArgumentGroup) -> None:
     """Adds the options that say how to build a model and its input; None means: as the model itself says."""
     group.add_argument("--model", metavar="NAME", help="a model of vssm (vssm list shows them) or of timm")
+    add_model_settings(group)
+
+
+def add_model_settings(group: argparse._ArgumentGroup) -> None:
+    """Adds the options of `add_model_arguments` but for the model's name."""
     group.add_argument(
         "--pretrained", action=argparse.BooleanOptionalAction, help="load the model's published weights", default=None
     )

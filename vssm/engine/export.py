@@ -1,0 +1,215 @@
+"""Models as programs for other runtimes: ONNX, or torch.export's .pt2; what is written was run and compared."""
+
+import importlib.util
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.exc import TorchRuntimeError, UserError
+from torch.export import Dim, ExportedProgram
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from vssm.engine.classifier import Classifier
+from vssm.engine.timing import measure_time
+from vssm.files import atomic_path
+from vssm.models._base import TokenBackbone
+from vssm_kernels.decompositions import decompose
+
+FORMATS = ("onnx", "pt2")
+TOLERANCE = 1e-4  # largest difference of an output to that of the model, over the output's peak
+DESCRIPTION = "vssm.json"  # name of the description inside a .pt2 file
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class ExportSetting:
+    """What to write, and how to measure it.
+
+    Args:
+        format: ``"onnx"`` or ``"pt2"``.
+        decompose: Write the ops of this package in operators of torch; always so for ONNX.
+        largest: Longest side in pixels of images of any size; None for the model's own size alone.
+        features: Write maps instead of logits: those of these stages or blocks, of all if empty.
+        warmup: Calls before the timed ones.
+        repeats: Timed calls.
+    """
+
+    format: str
+    decompose: bool = False
+    largest: int | None = None
+    features: Sequence[int] | None = None
+    warmup: int = 3
+    repeats: int = 10
+
+
+def check_packages() -> None:
+    """Raises ValueError if a package that ONNX needs is not installed."""
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"export: onnx needs {', '.join(missing)}, not installed here: pip install 'vssm[export]'")
+
+
+def export(classifier: Classifier, path: Path, setting: ExportSetting) -> dict[str, Any]:
+    """Writes a model as a program, after running the file and comparing it with the model.
+
+    Args:
+        classifier: The model, on the CPU, in evaluation mode; one with positions is set to take images of any size
+            if the program shall.
+        path: Target.
+        setting: What to write, and how to measure it.
+
+    Returns:
+        What was written and measured: ``opset``, ``file_mib``, ``error_over_peak``, for programs that a runtime of
+        their own runs also the times in milliseconds of one image there and in torch.
+
+    Raises:
+        ValueError: A package is missing, the model cannot be written for images of any size, or the file computes
+            something else than the model. There is no file then.
+    """
+    if setting.format == "onnx":
+        check_packages()
+    if setting.largest is not None and isinstance(classifier.model, TokenBackbone):
+        classifier.model.dynamic_img_size = True
+    network = classifier.model if setting.features is None else _Features(classifier.model, setting.features)
+    description = _describe(classifier, setting)
+    with atomic_path(path) as temporary, torch.no_grad():
+        program = _program(network, classifier, setting)
+        write = _write_onnx if setting.format == "onnx" else _write_pt2
+        facts = write(program, temporary, description)
+        run = _onnx_session(temporary) if setting.format == "onnx" else _pt2_program(temporary)
+        facts["file_mib"] = temporary.stat().st_size / 2**20
+        facts |= _compare(run, network, classifier, setting)
+        facts |= _times(run, network, classifier, setting)
+    return description | facts
+
+
+class _Features(nn.Module):
+    """The maps (b, c, h, w) of a model, as ``features_only`` gives them."""
+
+    def __init__(self, model: nn.Module, indices: Sequence[int]) -> None:
+        super().__init__()
+        self.model = model
+        self.indices = list(indices) or None
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        forward_intermediates = cast(Any, self.model).forward_intermediates
+        return forward_intermediates(images, indices=self.indices, stop_early=True, intermediates_only=True)
+
+
+def _describe(classifier: Classifier, setting: ExportSetting) -> dict[str, Any]:
+    """What a user of the file has to know, as JSON has it."""
+    config = classifier.config
+    return {
+        "model": classifier.spec.model,
+        "format": setting.format,
+        "plain_operators": setting.format == "onnx" or setting.decompose,
+        "img_size": [config.height, config.width],
+        "largest_side": setting.largest,
+        "features": None if setting.features is None else list(setting.features),
+        "mean": list(config.mean),
+        "std": list(config.std),
+        "interpolation": config.interpolation,
+        "crop_pct": config.crop_pct,
+    }
+
+
+def _program(network: nn.Module, classifier: Classifier, setting: ExportSetting) -> ExportedProgram:
+    sizes = {0: Dim.DYNAMIC(min=1)}
+    if setting.largest is not None:
+        sizes |= dict.fromkeys((2, 3), Dim.DYNAMIC(min=1, max=setting.largest))
+    # Of attention, torch's own operators: what the fused ones return is laid out as others need not.
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            program = torch.export.export(
+                network, (_images(classifier, batch=2),), dynamic_shapes=(sizes,), strict=setting.largest is not None
+            )
+            return decompose(program) if setting.format == "onnx" or setting.decompose else program
+    except (UserError, TorchRuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"export: {classifier.spec.model} cannot be written for images of any size: {reason}"
+        ) from error
+
+
+def _images(classifier: Classifier, *, batch: int, size: tuple[int, int] | None = None) -> Tensor:
+    config = classifier.config
+    return torch.randn(batch, config.channels, *(size or (config.height, config.width)))
+
+
+def _write_onnx(program: ExportedProgram, path: Path, description: dict[str, Any]) -> dict[str, Any]:
+    dims = {0: "batch"} if description["largest_side"] is None else {0: "batch", 2: "height", 3: "width"}
+    maps = description["features"] is not None
+    outputs = [f"map{i}" for i in range(len(program.graph_signature.user_outputs))] if maps else ["logits"]
+    written = torch.onnx.export(
+        program,
+        dynamo=True,
+        dynamic_shapes=(dims,),
+        input_names=["images"],
+        output_names=outputs,
+        external_data=False,
+        verbose=False,
+    )
+    assert written is not None, "it is with dynamo=True"
+    written.model.metadata_props.update({key: json.dumps(value) for key, value in description.items()})
+    written.save(str(path), external_data=False)
+    return {"opset": written.model.opset_imports[""], "onnx": version("onnx"), "onnxruntime": version("onnxruntime")}
+
+
+def _write_pt2(program: ExportedProgram, path: Path, description: dict[str, Any]) -> dict[str, Any]:
+    torch.export.save(program, path, extra_files={DESCRIPTION: json.dumps(description)})
+    return {}
+
+
+def _onnx_session(path: Path) -> Callable[[Tensor], list[Tensor]]:
+    import onnxruntime  # not at the top: it belongs to an extra
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda images: [torch.from_numpy(each) for each in session.run(None, {"images": images.numpy()})]
+
+
+def _pt2_program(path: Path) -> Callable[[Tensor], list[Tensor]]:
+    module = torch.export.load(path).module()
+    return lambda images: _listed(module(images))
+
+
+def _listed(outputs: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    return [outputs] if isinstance(outputs, Tensor) else list(outputs)
+
+
+def _compare(
+    run: Callable[[Tensor], list[Tensor]], network: nn.Module, classifier: Classifier, setting: ExportSetting
+) -> dict[str, Any]:
+    """The largest difference to the model over batches, and sizes if these are free, unlike that of the example."""
+    home = classifier.config.height, classifier.config.width
+    inputs = [(3, home), (1, home)]
+    if setting.largest is not None:
+        inputs += [(1, (home[0], home[1] + 32)), (2, (setting.largest // 2, setting.largest // 2))]
+    worst = 0.0
+    for batch, size in inputs:
+        images = _images(classifier, batch=batch, size=size)
+        for result, expected in zip(run(images), _listed(network(images)), strict=True):
+            worst = max(worst, ((result - expected).abs().max() / expected.abs().max()).item())
+            if not worst <= TOLERANCE:  # a NaN is no small number
+                raise ValueError(
+                    f"export: the program differs from {classifier.spec.model} by {worst:.1e} of the peak on "
+                    f"{batch}×{size[0]}×{size[1]} images, expected {TOLERANCE:.0e} at most; nothing is written"
+                )
+    return {"error_over_peak": worst}
+
+
+def _times(
+    run: Callable[[Tensor], list[Tensor]], network: nn.Module, classifier: Classifier, setting: ExportSetting
+) -> dict[str, Any]:
+    images = _images(classifier, batch=1)
+    record = {}
+    for name, call in (("latency", run), ("torch_latency", network)):
+        times = measure_time(lambda call=call: call(images), _CPU, warmup=setting.warmup, repeats=setting.repeats)
+        record |= {f"{name}_ms": times["median"], f"{name}_p10_ms": times["p10"], f"{name}_p90_ms": times["p90"]}
+    return record
