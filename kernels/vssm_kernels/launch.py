@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vssm_kernels import launch_table, scan_torch, scan_triton
-from vssm_kernels.scan_call import ScanCall
+from vssm_kernels.scan_call import ScanCall, tokens_contiguous
 
 kernels: Any = scan_triton  # Triton's language looks like Python, but its types are others
 _PACKED = 4096  # numbers of a program that packs or unpacks
@@ -112,6 +112,14 @@ class _Launch:
             space = self.empty(call.batch, call.tokens, call.directions, width, dtype=dtype)
         return space if call.steps == call.tokens else space.zero_()
 
+    def maps(self, dtype: torch.dtype, *, apart: bool = False) -> Tensor:
+        """Space for the channels of every token and direction, (b, l, k, d); ``apart`` as in :meth:`visits`."""
+        call = self.call
+        if call.tokens_last:
+            space = self.empty(call.batch, call.directions, call.width, call.tokens, dtype=dtype)
+            return space.permute(0, 3, 1, 2)
+        return self.visits(call.width, dtype, apart=apart)
+
     def chunk_starts(self) -> tuple[Tensor | None, Tensor]:
         """The state every chunk starts from, and the sums of its decay steps; None and nothing if there is but one."""
         if self.chunks == 1:
@@ -133,14 +141,14 @@ class _Launch:
         """The result, multiplied by silu(z) if ``gated``, and the states before tiles or after chunks."""
         call, dtype = self.call, self.call.result_dtype
         merging = call.merge and call.directions > 1
-        y = self.visits(call.width, dtype, apart=merging)
+        y = self.maps(dtype, apart=merging)
         states = self.states(self.tiles + self.chunks if of_tiles else self.chunks)
         in_kernel = gated and not merging
-        gate = {} if not in_kernel or call.z is None else self._rows(call.z).arguments("z")
+        gate = {} if not in_kernel or call.z is None else self._map(call.z).arguments("z")
         self._forward(
             start=start,
             states=states,
-            **self._rows(y).arguments("y"),
+            **self._map(y).arguments("y"),
             **gate,
             WRITE_Y=True,
             WRITE_STATES=of_tiles,
@@ -165,10 +173,10 @@ class _Launch:
         """The gradients of everything but the gate."""
         call = self.call
         merging = call.x.ndim == 3 and call.directions > 1
-        dx = self.visits(call.width, call.x.dtype, apart=merging)
+        dx = self.maps(call.x.dtype, apart=merging)
         per_chunk = (self.chunks, self.walks, call.width)
         dtype = call.dt.dtype if call.dt_weight is None else _draw_dtype(call)
-        draw = self.visits(call.width, dtype, apart=call.dt_weight is not None)
+        draw = self.maps(dtype, apart=call.dt_weight is not None)
         found = {
             "dmatrices": self.empty(self.blocks, self.walks, self.padded * 2 * call.states),
             "dA": self.states(self.chunks),
@@ -180,8 +188,8 @@ class _Launch:
         self._adjoint(
             dy,
             **found,
-            **self._rows(draw).arguments("draw"),
-            **self._rows(dx).arguments("dx"),
+            **self._map(draw).arguments("draw"),
+            **self._map(dx).arguments("dx"),
             states=states,
             later=later[0],
             HAS_LATER=later[1],
@@ -212,7 +220,7 @@ class _Launch:
         self._run(
             kernels.scan_adjoint_kernel,
             **dict.fromkeys(tensors, self.none) | strides | modes | arguments,
-            **self._rows(dy).arguments("dy"),
+            **self._map(dy).arguments("dy"),
             states=self.none if states is None else states,
             HAS_STATES=states is not None,
             SHARED_DY=call.merge,
@@ -294,10 +302,10 @@ class _Launch:
 
     def _switches(self) -> dict[str, Any]:
         call, config = self.call, self.config
-        dt = _last_contiguous(call.dt)
+        dt = call.dt if call.tokens_last else _last_contiguous(call.dt)
         return {
-            **self._rows(call.x).arguments("x"),
-            **_rows(dt).arguments("dt"),
+            **self._map(call.x).arguments("x"),
+            **(self._map(dt) if call.tokens_last else _rows(dt)).arguments("dt"),
             "weight": self.none if call.dt_weight is None else call.dt_weight.contiguous(),
             "bias": self.none if call.dt_bias is None else call.dt_bias.contiguous(),
             "A": self.A,
@@ -321,6 +329,7 @@ class _Launch:
             "HAS_BIAS": call.dt_bias is not None,
             "HAS_GAP": call.gap is not None,
             "CHAIN": call.chain,
+            "TOKENS_LAST": call.tokens_last,
             "SHARED_X": call.x.ndim == 3,
             "B_PER_TOKEN": call.B.ndim != 3,
             "C_PER_TOKEN": call.C is None or call.C.ndim != 3,
@@ -354,6 +363,10 @@ class _Launch:
             tensor = tensor.contiguous()
             return _Rows(tensor, tensor.stride(0), tensor.shape[-1], 0)
         return _rows(_last_contiguous(tensor))
+
+    def _map(self, tensor: Tensor) -> _Rows:
+        """A tensor of all channels, whose tokens are contiguous if those of the call are."""
+        return _rows(tokens_contiguous(tensor)) if self.call.tokens_last else self._rows(tensor)
 
     def _gathered(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
         """Gradients in the shapes of the inputs, from sums over visits, chunks, samples and blocks of channels."""
@@ -448,17 +461,21 @@ def _merged(parts: Tensor, z: Tensor | None) -> Tensor:
 def _gate_gradients(call: ScanCall, dy: Tensor, result: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of the result before its gate, and of the gate."""
     assert call.z is not None, "without a gate there is nothing to do"
-    dy, z = _rows_of_one_stride(dy), _rows_of_one_stride(call.z)
+    if call.tokens_last:
+        dy, z, result = (tokens_contiguous(each).permute(0, 2, 3, 1) for each in (dy, call.z, result))
+    else:
+        dy, z = _rows_of_one_stride(dy), _rows_of_one_stride(call.z)
     dresult = torch.empty(result.shape, dtype=torch.float32, device=z.device)
     dz = torch.empty(z.shape, dtype=z.dtype, device=z.device)
-    rows = result.numel() // max(1, call.width)
-    grid, sizes = _elementwise(rows, call.width)
+    width = result.shape[-1]
+    rows = result.numel() // max(1, width)
+    grid, sizes = _elementwise(rows, width)
     if rows:
         with torch.accelerator.device_index(dy.device.index):
             kernels.gate_adjoint_kernel[grid](
-                dy, z, result, dz, dresult, rows, call.width, dy.stride(-2), z.stride(-2), **sizes
+                dy, z, result, dz, dresult, rows, width, dy.stride(-2), z.stride(-2), **sizes
             )
-    return dresult, dz
+    return (dresult.permute(0, 3, 1, 2), dz.permute(0, 3, 1, 2)) if call.tokens_last else (dresult, dz)
 
 
 def _power_of_two(number: int) -> int:

@@ -77,7 +77,8 @@ def heuristic(shape: _Shape) -> LaunchConfig:
     Where sequences are too few to fill the GPU, a few warps share the states of a program going forward, which costs
     a sum over them a step; if those are still too few, and going backward, sequences are cut, for which decays are
     computed twice. A thread of a single state has 128 registers to itself when 16 warps share a multiprocessor; more
-    states need more, and gradients twice as many, unless with fewer all programs run at once.
+    states, and a step for every channel, need more, and gradients twice as many, unless with fewer all programs run at
+    once.
     """
     channels = 16 if shape.width <= 16 else 32
     programs = max(1, shape.batch * shape.sequences * math.ceil(shape.width / channels))
@@ -90,7 +91,7 @@ def heuristic(shape: _Shape) -> LaunchConfig:
             in_a_wave = wave // programs  # if that is a few, rounding leaves much idle: rather more waves
             wanted = in_a_wave if in_a_wave >= 4 else math.ceil(1.4 * wave / programs)
             chunks = max(1, min(wanted, shape.length // _SHORTEST))
-    registers = 128 if shape.states == 1 else 168
+    registers = 128 if shape.states == 1 and shape.rank else 168
     if backward and (shape.states == 1 or not wave < programs <= _WAVE["forward"]):
         registers = 255
     return LaunchConfig(steps=16, channels=channels, slots=slots, chunks=chunks, registers=registers)

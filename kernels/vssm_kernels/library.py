@@ -33,14 +33,14 @@ def scan(*args: Any) -> tuple[Tensor, Tensor]:
     check_values(call.tokens, call.A, call.order, call.gap)
     device = call.x.device.type
     with torch.autocast(device, enabled=False):  # it would reach into the body and round the products there
-        return backend_for(device).forward(call)
+        result, state = backend_for(device).forward(call)
+    return call.laid_out(result), state
 
 
 @scan.register_fake
 def _(*args: Any) -> tuple[Tensor, Tensor]:
     call = ScanCall(*args)
-    # new_empty, not empty_like: results are contiguous whatever the strides of the inputs.
-    y = call.x.new_empty(call.result_shape, dtype=call.result_dtype)
+    y = call.laid_out(call.x.new_empty(call.result_shape, dtype=call.result_dtype))
     return y, call.x.new_empty(call.state_shape, dtype=call.compute_dtype)
 
 
@@ -53,18 +53,22 @@ def scan_backward(dy: Tensor, dstate: Tensor, *args: Any) -> list[Tensor]:
     device = call.x.device.type
     with torch.autocast(device, enabled=False):
         gradients = backend_for(device).backward(call, dy, dstate)
-    # Contiguous, as the fake ones.
-    return [gradients[name].to(tensor.dtype).contiguous() for name, tensor in _differentiable(call)]
+    return [_laid_out(call, name, gradients[name].to(tensor.dtype)) for name, tensor in _differentiable(call)]
 
 
 @scan_backward.register_fake
 def _(dy: Tensor, dstate: Tensor, *args: Any) -> list[Tensor]:
-    return [tensor.new_empty(tensor.shape) for _, tensor in _differentiable(ScanCall(*args))]
+    call = ScanCall(*args)
+    return [_laid_out(call, name, tensor.new_empty(tensor.shape)) for name, tensor in _differentiable(call)]
 
 
 def _differentiable(call: ScanCall) -> list[tuple[str, Tensor]]:
     present = ((name, getattr(call, name)) for name in DIFFERENTIABLE)
     return [(name, tensor) for name, tensor in present if tensor is not None]
+
+
+def _laid_out(call: ScanCall, name: str, gradient: Tensor) -> Tensor:
+    return call.laid_out(gradient) if name in ("x", "dt", "z") else gradient.contiguous()
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:

@@ -88,6 +88,22 @@ class ScanCall:
         return self.x.dtype if self.out_dtype is None else self.out_dtype
 
     @property
+    def tokens_last(self) -> bool:
+        """Whether tokens are contiguous in memory, not channels, as ``selective_scan`` has them; results then too."""
+        plain = self.order is None and self.gap is None and self.dt_weight is None and not (self.chain or self.merge)
+        maps = [tensor for tensor in (self.x, self.dt, self.z) if tensor is not None]
+        return plain and all(tensor.ndim == 4 and tensor.stride(1) == 1 != tensor.stride(3) for tensor in maps)
+
+    def laid_out(self, rows: Tensor) -> Tensor:
+        """Rows (b, l, d) or (b, l, k, d) in the memory layout that the op promises for its result and gradients."""
+        return tokens_contiguous(rows) if self.tokens_last else rows.contiguous()
+
+    @property
     def state_shape(self) -> tuple[int, ...]:
         """(b, k, d, n), k = 1 if chained; (0,) where no state is asked for."""
         return (self.batch, self.sequences, self.width, self.states) if self.return_last_state else (0,)
+
+
+def tokens_contiguous(rows: Tensor) -> Tensor:
+    """Rows (b, l, k, d) that lie in memory as (b, k, d, l)."""
+    return rows.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)

@@ -88,8 +88,8 @@ def scan_forward_kernel(
     z_sample, z_token, z_direction, y_sample, y_token, y_direction,
     LOW_RANK: tl.constexpr, TWO_A_WORD: tl.constexpr, RANKS: tl.constexpr, HALF_DOT: tl.constexpr,
     SOFTPLUS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GAP: tl.constexpr, HAS_SKIP: tl.constexpr, CHAIN: tl.constexpr,
-    SHARED_X: tl.constexpr, B_PER_TOKEN: tl.constexpr, C_PER_TOKEN: tl.constexpr, ONE_STATE: tl.constexpr,
-    UNROLL: tl.constexpr, GATED: tl.constexpr, HAS_START: tl.constexpr, WRITE_Y: tl.constexpr,
+    TOKENS_LAST: tl.constexpr, SHARED_X: tl.constexpr, B_PER_TOKEN: tl.constexpr, C_PER_TOKEN: tl.constexpr,
+    ONE_STATE: tl.constexpr, UNROLL: tl.constexpr, GATED: tl.constexpr, HAS_START: tl.constexpr, WRITE_Y: tl.constexpr,
     WRITE_STATES: tl.constexpr, WRITE_TOTALS: tl.constexpr, STEPS: tl.constexpr, LOG_STEPS: tl.constexpr,
     CHANNELS: tl.constexpr, SLOTS: tl.constexpr, LOG_SLOTS: tl.constexpr, FULL: tl.constexpr, MASKED: tl.constexpr,
     PRECISE: tl.constexpr, NVIDIA: tl.constexpr, INDEX: tl.constexpr,
@@ -109,6 +109,7 @@ def scan_forward_kernel(
     # In 64 bits the compiler sees that the two channels of a lane are 32 apart, and gives them one address.
     lanes = tl.arange(0, CHANNELS).to(tl.int64 if CHANNELS > 32 else tl.int32)
     lanes += tl.program_id(0) % blocks * CHANNELS + unaligned
+    across = lanes * length if TOKENS_LAST else lanes
     ranks, offsets = tl.arange(0, RANKS), tl.arange(0, STEPS)
     COLUMNS: tl.constexpr = SLOTS * CHANNELS
     own = N // SLOTS
@@ -157,21 +158,42 @@ def scan_forward_kernel(
     next_place = tiles.load_pair(places + 2 * begin, STEPS)
     later_place = tiles.load_pair(places + 2 * tl.minimum(begin + STEPS, last), STEPS)
     latest_place = tiles.load_pair(places + 2 * tl.minimum(begin + 2 * STEPS, last), STEPS)
-    row, visit = tiles.unpair(next_place, STEPS)
+    row, visit = tiles.rows_and_visits(next_place, begin, STEPS, TOKENS_LAST)
     row, visit = row // chained if CHAIN else row, visit // chained if CHAIN and SHARED_X else visit
-    next_dts = tiles.load_dt(dt, row.to(INDEX), dt_token, rank, lanes, inside, LOW_RANK, TWO_A_WORD, RANKS)
-    next_xs = tiles.load_tokens(x, visit.to(INDEX), x_token, lanes, inside, FULL)
+    next_dts = tiles.load_dt(
+        dt, row.to(INDEX), dt_token, rank, across, begin, end, inside,
+        LOW_RANK, TWO_A_WORD, RANKS, STEPS, FULL, TOKENS_LAST,
+    )  # fmt: skip
+    next_xs = tiles.load_tokens(x, visit.to(INDEX), x_token, across, begin, end, inside, STEPS, FULL, TOKENS_LAST)
     for first in range(begin, end, STEPS):
         steps = first + offsets
         following = tl.minimum(first + STEPS, last)
         place, next_place, later_place = next_place, later_place, latest_place
         latest_place = tiles.load_pair(places + 2 * tl.minimum(first + 3 * STEPS, last), STEPS)
         dts, xs = tiles.dts_of(next_dts, dt.dtype.element_ty), next_xs.to(tl.float32)
-        row, visit = tiles.unpair(next_place, STEPS)
+        if TOKENS_LAST:  # loaded with neighbouring tokens on neighbouring lanes
+            dts = tiles.pinned(dts, STEPS, LOG_STEPS, CHANNELS)
+            xs = tiles.pinned(xs, STEPS, LOG_STEPS, CHANNELS)
+        row, visit = tiles.rows_and_visits(next_place, following, STEPS, TOKENS_LAST)
         row, visit = row // chained if CHAIN else row, visit // chained if CHAIN and SHARED_X else visit
-        next_dts = tiles.load_dt(dt, row.to(INDEX), dt_token, rank, lanes, inside, LOW_RANK, TWO_A_WORD, RANKS)
-        next_xs = tiles.load_tokens(x, visit.to(INDEX), x_token, lanes, inside, FULL)
-        tiles.prefetch(dt, dt_token, x_block, x_token, later_place, chained, STEPS, CHAIN and not SHARED_X, NVIDIA)
+        next_dts = tiles.load_dt(
+            dt, row.to(INDEX), dt_token, rank, across, following, end, inside,
+            LOW_RANK, TWO_A_WORD, RANKS, STEPS, FULL, TOKENS_LAST,
+        )  # fmt: skip
+        next_xs = tiles.load_tokens(
+            x, visit.to(INDEX), x_token, across, following, end, inside, STEPS, FULL, TOKENS_LAST
+        )
+        tiles.prefetch(
+            dt,
+            dt_token,
+            x_block,
+            x_token,
+            later_place,
+            chained,
+            STEPS,
+            CHAIN and not SHARED_X,
+            NVIDIA and not TOKENS_LAST,
+        )
         if ONE_STATE:
             BC_n = next_BC
             next_BC = tiles.load_pairs(matrices + 2 * N * following, own, SLOTS, STEPS)
@@ -219,12 +241,13 @@ def scan_forward_kernel(
             out = tiles.over_slots(out, LOG_SLOTS, STEPS, CHANNELS)
             if HAS_SKIP:
                 out += skip * xs
-            _, visited = tiles.unpair(place, STEPS)
+            _, visited = tiles.rows_and_visits(place, first, STEPS, TOKENS_LAST)
             visited = visited.to(INDEX)
             if GATED:
-                gate = tiles.load_tokens(z, visited, z_token, lanes, inside, FULL).to(tl.float32)
+                gate = tiles.load_tokens(z, visited, z_token, across, first, end, inside, STEPS, FULL, TOKENS_LAST)
+                gate = gate.to(tl.float32)
                 out *= gate * tiles.sigmoid(gate)
-            y_at = y + visited[:, None] * y_token + lanes[None, :]
+            y_at = tiles.rows_at(y, visited, y_token, across, TOKENS_LAST)
             tiles.store_tokens(y_at, out, first, end, inside, STEPS, FULL)
     if ONE_STATE:
         tl.store(kept + wide[None, :], h, mask=wide_inside[None, :])
@@ -268,11 +291,12 @@ def scan_adjoint_kernel(
     dy_sample, dy_token, dy_direction, dx_sample, dx_token, dx_direction, draw_sample, draw_token, draw_direction,
     LOW_RANK: tl.constexpr, TWO_A_WORD: tl.constexpr, RANKS: tl.constexpr, HALF_DOT: tl.constexpr,
     SOFTPLUS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GAP: tl.constexpr, HAS_SKIP: tl.constexpr, CHAIN: tl.constexpr,
-    SHARED_X: tl.constexpr, SHARED_DY: tl.constexpr, SAME_ROWS: tl.constexpr, B_PER_TOKEN: tl.constexpr,
-    C_PER_TOKEN: tl.constexpr, ONE_STATE: tl.constexpr, UNROLL: tl.constexpr, HAS_STATES: tl.constexpr,
-    HAS_LATER: tl.constexpr, ONLY_EARLIER: tl.constexpr, STEPS: tl.constexpr, LOG_STEPS: tl.constexpr,
-    CHANNELS: tl.constexpr, SLOTS: tl.constexpr, LOG_SLOTS: tl.constexpr, FULL: tl.constexpr, MASKED: tl.constexpr,
-    PRECISE: tl.constexpr, EXACT_DOT: tl.constexpr, SPLIT: tl.constexpr, NVIDIA: tl.constexpr, INDEX: tl.constexpr,
+    TOKENS_LAST: tl.constexpr, SHARED_X: tl.constexpr, SHARED_DY: tl.constexpr, SAME_ROWS: tl.constexpr,
+    B_PER_TOKEN: tl.constexpr, C_PER_TOKEN: tl.constexpr, ONE_STATE: tl.constexpr, UNROLL: tl.constexpr,
+    HAS_STATES: tl.constexpr, HAS_LATER: tl.constexpr, ONLY_EARLIER: tl.constexpr, STEPS: tl.constexpr,
+    LOG_STEPS: tl.constexpr, CHANNELS: tl.constexpr, SLOTS: tl.constexpr, LOG_SLOTS: tl.constexpr, FULL: tl.constexpr,
+    MASKED: tl.constexpr, PRECISE: tl.constexpr, EXACT_DOT: tl.constexpr, SPLIT: tl.constexpr, NVIDIA: tl.constexpr,
+    INDEX: tl.constexpr,
 ):  # fmt: skip
     """Takes the steps of a chunk backwards, tile by tile, from the states before each tile that were saved.
 
@@ -288,6 +312,7 @@ def scan_adjoint_kernel(
     walks = (samples + tl.zeros((), tl.int64)) * sequences
     channels = block * CHANNELS + tl.arange(0, CHANNELS)
     lanes, inside = channels + unaligned, channels < width
+    across = lanes * length if TOKENS_LAST else lanes
     ranks, offsets = tl.arange(0, RANKS), tl.arange(0, STEPS)
     COLUMNS: tl.constexpr = SLOTS * CHANNELS
     own = N // SLOTS
@@ -354,15 +379,20 @@ def scan_adjoint_kernel(
         steps = first + offsets
         exists = steps < end
         ahead = tl.maximum(first - STEPS, begin)
-        row, visit = tiles.unpair(place, STEPS)
+        row, visit = tiles.rows_and_visits(place, first, STEPS, TOKENS_LAST)
         row, visit = row.to(INDEX), visit.to(INDEX)
-        row_of_dt = row // chained if CHAIN else row
-        dts = tiles.load_dt(dt, row_of_dt, dt_token, rank, lanes, inside, LOW_RANK, TWO_A_WORD, RANKS)
+        dts = tiles.load_dt(
+            dt, row // chained if CHAIN else row, dt_token, rank, across, first, end, inside,
+            LOW_RANK, TWO_A_WORD, RANKS, STEPS, FULL, TOKENS_LAST,
+        )  # fmt: skip
         dts = tiles.dts_of(dts, dt.dtype.element_ty)
-        dy_at = dy + (visit // chained if CHAIN and SHARED_DY else visit)[:, None] * dy_token + lanes[None, :]
+        if TOKENS_LAST:  # loaded with neighbouring tokens on neighbouring lanes
+            dts = tiles.pinned(dts, STEPS, LOG_STEPS, CHANNELS)
+        of_result = visit // chained if CHAIN and SHARED_DY else visit
+        dy_at = tiles.rows_at(dy, of_result, dy_token, across, TOKENS_LAST)
         dys = tiles.load_steps(dy_at, first, end, inside, STEPS, FULL)
         seen = visit // chained if CHAIN and SHARED_X else visit
-        xs = tiles.load_tokens(x, seen, x_token, lanes, inside, FULL)
+        xs = tiles.load_tokens(x, seen, x_token, across, first, end, inside, STEPS, FULL, TOKENS_LAST)
         of_tile = matrices + 2 * N * first
         if ONE_STATE:
             BC_n, h = next_BC, next_h
@@ -374,8 +404,28 @@ def scan_adjoint_kernel(
             befores = tiles.load_rows(saved, 0, width, wide, wide_inside, SAVED, UNROLL, FULL)
             sums = tiles.load_rows(A_sums, 0, width, wide, wide_inside, not ONLY_EARLIER, UNROLL, FULL)
         x_block, dy_block = x + block * CHANNELS, dy + block * CHANNELS
-        tiles.prefetch(dt, dt_token, x_block, x_token, next_place, chained, STEPS, CHAIN and not SHARED_X, NVIDIA)
-        tiles.prefetch(dt, dt_token, dy_block, dy_token, next_place, chained, STEPS, CHAIN and not SHARED_DY, NVIDIA)
+        tiles.prefetch(
+            dt,
+            dt_token,
+            x_block,
+            x_token,
+            next_place,
+            chained,
+            STEPS,
+            CHAIN and not SHARED_X,
+            NVIDIA and not TOKENS_LAST,
+        )
+        tiles.prefetch(
+            dt,
+            dt_token,
+            dy_block,
+            dy_token,
+            next_place,
+            chained,
+            STEPS,
+            CHAIN and not SHARED_DY,
+            NVIDIA and not TOKENS_LAST,
+        )
         place = next_place
         next_place = tiles.load_pair(places + 2 * tl.maximum(first - 2 * STEPS, begin), STEPS)
         gap = tl.load(gaps + steps) if HAS_GAP else 0.0
@@ -384,6 +434,9 @@ def scan_adjoint_kernel(
             raw, gap, idle, exists, SOFTPLUS, HAS_GAP, MASKED, PRECISE, NVIDIA, STEPS, LOG_STEPS, CHANNELS, SLOTS
         )
         dys, xs = dys.to(tl.float32), xs.to(tl.float32)
+        if TOKENS_LAST:
+            dys = tiles.pinned(dys, STEPS, LOG_STEPS, CHANNELS)
+            xs = tiles.pinned(xs, STEPS, LOG_STEPS, CHANNELS)
         source, dys_wide, decays = step * xs, dys, decay_step
         if SLOTS > 1:
             source, dys_wide = tiles.widened(source, SLOTS, CHANNELS), tiles.widened(dys, SLOTS, CHANNELS)
@@ -444,9 +497,9 @@ def scan_adjoint_kernel(
             if HAS_SKIP:
                 dx_tile += skip * dys
                 dD_sum += tiles.over_steps(dys * xs, SLOTS)
-            dx_at = dx + visit[:, None] * (x_token if SAME_ROWS else dx_token) + lanes[None, :]
+            dx_at = tiles.rows_at(dx, visit, x_token if SAME_ROWS else dx_token, across, TOKENS_LAST)
             tiles.store_tokens(dx_at, dx_tile, first, end, inside, STEPS, FULL)
-            draw_at = draw + row[:, None] * draw_token + lanes[None, :]
+            draw_at = tiles.rows_at(draw, row, draw_token, across, TOKENS_LAST)
             tiles.store_tokens(draw_at, draw_tile, first, end, inside, STEPS, FULL)
             dbias_sum += tiles.over_steps(draw_tile, SLOTS)
             if HAS_GAP:

@@ -148,10 +148,23 @@ def load_channels(
 
 
 @triton.jit
-def load_tokens(base, tokens, token_stride, lanes, inside, FULL: tl.constexpr):
-    """The rows of channels of tokens, (STEPS, CHANNELS)."""
-    at = base + tokens[:, None] * token_stride + lanes[None, :]
-    return tl.load(at, mask=None if FULL else inside[None, :], other=None if FULL else 0.0)
+def rows_at(base, rows, stride, across, TOKENS_LAST: tl.constexpr):
+    """Addresses of rows of channels, (STEPS, CHANNELS); ``across`` is what a channel adds."""
+    return base + (rows if TOKENS_LAST else rows * stride)[:, None] + across[None, :]
+
+
+@triton.jit
+def load_tokens(
+    base, tokens, stride, across, first, end, inside,
+    STEPS: tl.constexpr, FULL: tl.constexpr, TOKENS_LAST: tl.constexpr,
+):  # fmt: skip
+    """The rows of channels of tokens, (STEPS, CHANNELS). A table has some token also for steps that do not exist."""
+    at = rows_at(base, tokens, stride, across, TOKENS_LAST)
+    if TOKENS_LAST:
+        tile = load_steps(at, first, end, inside, STEPS, FULL)
+    else:
+        tile = tl.load(at, mask=None if FULL else inside[None, :], other=None if FULL else 0.0)
+    return tile
 
 
 @triton.jit
@@ -193,6 +206,17 @@ def load_pair(base, STEPS: tl.constexpr):
 def unpair(pair, STEPS: tl.constexpr):
     """The two rows, (STEPS,) each."""
     return tl.split(tl.trans(tl.reshape(pair, (2, STEPS))))
+
+
+@triton.jit
+def rows_and_visits(place, first, STEPS: tl.constexpr, TOKENS_LAST: tl.constexpr):
+    """Rows of parameters and visited tokens of the steps from ``first``, those of ``place`` or the steps themselves."""
+    if TOKENS_LAST:  # the compiler sees that they are neighbours in memory
+        row = first + tl.arange(0, STEPS)
+        visit = row
+    else:
+        row, visit = unpair(place, STEPS)
+    return row, visit
 
 
 @triton.jit
@@ -281,21 +305,23 @@ def load_states(
 
 @triton.jit
 def load_dt(
-    dt, rows, token_stride, rank, lanes, inside, LOW_RANK: tl.constexpr, TWO_A_WORD: tl.constexpr, RANKS: tl.constexpr
-):
+    dt, rows, stride, rank, across, first, end, inside,
+    LOW_RANK: tl.constexpr, TWO_A_WORD: tl.constexpr, RANKS: tl.constexpr,
+    STEPS: tl.constexpr, FULL: tl.constexpr, TOKENS_LAST: tl.constexpr,
+):  # fmt: skip
     """The rows of dt that a tile reads, for :func:`dts_of`: (STEPS, RANKS) or, of a full step, (STEPS, CHANNELS).
 
     ``TWO_A_WORD``: (STEPS, RANKS / 2) words of two neighbours.
     """
     if LOW_RANK and TWO_A_WORD:
         words = tl.arange(0, RANKS // 2)
-        at = dt.to(tl.pointer_type(tl.uint32)) + rows[:, None] * (token_stride // 2) + words[None, :]
+        at = dt.to(tl.pointer_type(tl.uint32)) + rows[:, None] * (stride // 2) + words[None, :]
         dts = tl.load(at, mask=(words < rank // 2)[None, :], other=0)
     elif LOW_RANK:
         ranks = tl.arange(0, RANKS)
-        dts = tl.load(dt + rows[:, None] * token_stride + ranks[None, :], mask=(ranks < rank)[None, :], other=0.0)
+        dts = tl.load(dt + rows[:, None] * stride + ranks[None, :], mask=(ranks < rank)[None, :], other=0.0)
     else:
-        dts = tl.load(dt + rows[:, None] * token_stride + lanes[None, :], mask=inside[None, :], other=0.0)
+        dts = load_tokens(dt, rows, stride, across, first, end, inside, STEPS, FULL, TOKENS_LAST)
     return dts
 
 

@@ -20,11 +20,12 @@ FOUR_WARPS = {"SLOTS": 4, "LOG_SLOTS": 2}
 A_STATE_A_WARP = {"SLOTS": 16, "LOG_SLOTS": 4, "ONE_STATE": True, "UNROLL": 1}
 EVERYTHING = {"B_PER_TOKEN": False, "C_PER_TOKEN": False, "HAS_GAP": True, "CHAIN": True, "FULL": False, "MASKED": True}
 USUAL = {
-    "LOW_RANK": True, "TWO_A_WORD": True, "HALF_DOT": True, "SOFTPLUS": True, "HAS_BIAS": True, "HAS_GAP": False,
-    "HAS_SKIP": True, "CHAIN": False, "SHARED_X": True, "B_PER_TOKEN": True, "C_PER_TOKEN": True, "STEPS": 16,
-    "LOG_STEPS": 4, "CHANNELS": 32, "SLOTS": 1, "LOG_SLOTS": 0, "FULL": True, "MASKED": False, "PRECISE": False,
-    "INDEX": tl.int32,
+    "TOKENS_LAST": False, "LOW_RANK": True, "TWO_A_WORD": True, "HALF_DOT": True, "SOFTPLUS": True, "HAS_BIAS": True,
+    "HAS_GAP": False, "HAS_SKIP": True, "CHAIN": False, "SHARED_X": True, "B_PER_TOKEN": True, "C_PER_TOKEN": True,
+    "STEPS": 16, "LOG_STEPS": 4, "CHANNELS": 32, "SLOTS": 1, "LOG_SLOTS": 0, "FULL": True, "MASKED": False,
+    "PRECISE": False, "INDEX": tl.int32,
 }  # fmt: skip
+SELECTIVE = {"TOKENS_LAST": True, "LOW_RANK": False, "TWO_A_WORD": False, "HALF_DOT": False, "SHARED_X": False}
 PLAIN_FLOAT32 = {"TWO_A_WORD": False, "HALF_DOT": False, "PRECISE": True, "EXACT_DOT": True}
 INTEGERS = ("places", "order", "gap")
 HALF = ("x", "dt", "z", "y", "dy", "dx", "draw", "ddt", "parts", "out", "dz")
@@ -80,8 +81,10 @@ def test_half_precision_of_two_halves():
         [VMAMBA, EVERYTHING],
         [VIM, EVERYTHING, {"LOW_RANK": False, "SOFTPLUS": False, "INDEX": tl.int64, "SHARED_X": False}],
         [VMAMBA, PLAIN_FLOAT32],
+        [VIM, SELECTIVE],
+        [VMAMBA, SELECTIVE, {"FULL": False, "MASKED": True}],
     ],
-    ids=["every switch", "full rank", "float32"],
+    ids=["every switch", "full rank", "float32", "selective scan", "selective scan of one state"],
 )
 def test_every_switch(switches):
     half = "fp32" if PLAIN_FLOAT32 in switches else "bf16"

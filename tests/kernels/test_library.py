@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import vssm_kernels
 from scan_cases import outputs_and_gradients, random_case
 from vssm_kernels import backend, directional_scan, scan_torch, use_backend
+from vssm_kernels.scan_call import ScanCall
 
 
 def _inputs(*, requires_grad: bool = False) -> dict:
@@ -41,6 +42,21 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.vssm.scan.default, _op_arguments(_inputs(requires_grad=True)))
     y, state = torch.ops.vssm.scan(*_op_arguments(_inputs()))
     torch.library.opcheck(torch.ops.vssm.scan_backward.default, (y, state, *_op_arguments(_inputs())))
+
+
+def test_opcheck_where_tokens_are_contiguous():
+    b, k, d, n, l = 2, 2, 3, 4, 9
+    matrices = -torch.rand(k, d, n), torch.randn(b, l, k, n), torch.randn(b, l, k, n), torch.randn(k, d)
+
+    def arguments(requires_grad):
+        x, dt, z = (torch.randn(b, k, d, l, requires_grad=requires_grad).permute(0, 3, 1, 2) for _ in range(3))
+        return (x, dt, *matrices, None, None, z, None, None, True, "token", False, False, False, None)
+
+    assert ScanCall(*arguments(False)).tokens_last
+    torch.library.opcheck(torch.ops.vssm.scan.default, arguments(True))
+    y, state = torch.ops.vssm.scan(*arguments(False))
+    assert y.permute(0, 2, 3, 1).is_contiguous()
+    torch.library.opcheck(torch.ops.vssm.scan_backward.default, (y, state, *arguments(False)))
 
 
 def test_fake_matches_real():

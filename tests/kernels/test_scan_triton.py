@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from scan_cases import TOLERANCE, outputs_and_gradients, relative_error
-from vssm_kernels import available_backends, directional_scan, directional_scan_ref, use_backend
+from vssm_kernels import (
+    available_backends,
+    directional_scan,
+    directional_scan_ref,
+    selective_scan,
+    selective_scan_ref,
+    use_backend,
+)
 from vssm_kernels.launch_table import LaunchConfig, forced
 
 pytestmark = pytest.mark.skipif("triton" not in available_backends(), reason="needs a GPU or Triton's interpreter")
@@ -62,6 +69,37 @@ def test_half_precision_reads_two_ranks_at_once_where_it_can(triton_device):
                 relative_error(one, other) < TOLERANCE[torch.float16]
                 for one, other in zip(results, expected, strict=True)
             )
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize(
+    ("sizes", "chunks"), [((2, 8, 4, 37, 2), 1), ((1, 6, 1, 64, 1), 2), ((1, 20, 2, 50, 1), 2), ((1, 4, 4, 1, 1), 1)]
+)
+@pytest.mark.parametrize("gated", [False, True])
+def test_selective_scan_where_tokens_are_contiguous(triton_device, sizes, chunks, gated):
+    b, d, n, l, groups = sizes
+    torch.manual_seed(0)
+    tensors = {
+        "u": torch.randn(b, d, l),
+        "delta": torch.randn(b, d, l),
+        "A": -torch.rand(d, n),
+        "B": torch.randn(b, groups, n, l),
+        "C": torch.randn(b, groups, n, l),
+        "D": torch.randn(d),
+        "delta_bias": torch.randn(d) - 1,
+    }
+    if gated:
+        tensors["z"] = torch.randn(b, d, l)
+    options = {"delta_softplus": True, "return_last_state": True}
+
+    def case(dtype, device):
+        return {name: each.to(device, dtype).requires_grad_() for name, each in tensors.items()} | options
+
+    expected = outputs_and_gradients(selective_scan_ref, case(torch.float64, "cpu"))
+    with forced(LaunchConfig(steps=16, channels=16, slots=1, chunks=chunks, registers=255)):
+        results = outputs_and_gradients(selective_scan, case(torch.float32, triton_device))
+    for name, reference in expected.items():
+        assert relative_error(results[name], reference) < TOLERANCE[torch.float32], name
 
 
 def test_gradients_are_laid_out_as_the_compiler_is_told(triton_device):
