@@ -10,6 +10,7 @@ from PIL import Image
 
 from vssm.engine.classifier import Classifier
 from vssm.engine.plot import new_figure, save_figure
+from vssm.engine.sight import colours_of
 from vssm.models._base import TokenBackbone
 from vssm.pruning import Schedule, TokenMap
 
@@ -44,8 +45,7 @@ def draw_kept_tokens(
     pixels = config.transform()(_open(image, config.channels))
     with torch.inference_mode(), schedule.reducer(classifier.model.eval()) as reducer:
         classifier.model(pixels[None])
-    seen = pixels * torch.tensor(config.std)[:, None, None] + torch.tensor(config.mean)[:, None, None]
-    colours = seen.clamp(0, 1).expand(3, -1, -1).permute(1, 2, 0).numpy()
+    colours = colours_of(pixels, config)
     colours = colours.repeat(scale := max(1, _SHARP // min(colours.shape[:2])), axis=0).repeat(scale, axis=1)
     holders = {cut: _holders(reducer.backbone, token_map) for cut, token_map in reducer.maps.items()}
     kept = [int((holder == np.arange(holder.size).reshape(holder.shape)).sum()) for holder in holders.values()]

@@ -9,7 +9,7 @@ from typing import Any
 from vssm.files import atomic_path
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 _LEGEND_INSIDE = 4  # series; with more, the legend would cover the lines
 _BROKEN = ("--", ":", "-.")
 _FORMATS = (".png", ".svg", ".pdf")
@@ -54,7 +54,7 @@ def line_plot(
     for index, (label, (x, y)) in enumerate(series.items()):
         if len(x) != len(y):
             raise ValueError(f"line_plot: expected as many y as x values for {label!r}, got {len(y)} and {len(x)}")
-        style: dict[str, Any] = {"color": _COLOURS[index % len(_COLOURS)], "marker": "o", "markersize": 3}
+        style: dict[str, Any] = {"color": COLOURS[index % len(COLOURS)], "marker": "o", "markersize": 3}
         if label in dashed:
             style = {"color": "#777777", "marker": "_", "linestyle": _BROKEN[list(dashed).index(label) % len(_BROKEN)]}
         axes.plot(x, y, label=label, linewidth=1.5, **style)
@@ -119,7 +119,7 @@ def bar_plot(
 
 
 def _draw_bars(axes: Any, bars: Sequence[Bar], groups: Sequence[str]) -> None:
-    for group, colour in zip(groups, _COLOURS, strict=False):
+    for group, colour in zip(groups, COLOURS, strict=False):
         rows = [row for row, bar in enumerate(bars) if bar.group == group]
         if not rows:
             continue
@@ -137,19 +137,20 @@ def _draw_bars(axes: Any, bars: Sequence[Bar], groups: Sequence[str]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def save_figure(figure: Any, path: str | os.PathLike) -> None:
+def save_figure(figure: Any, path: str | os.PathLike, *, dpi: int = 150) -> None:
     """Writes a figure, whole or not at all.
 
     Args:
         figure: From `new_figure`.
         path: Target, ending in .png, .svg or .pdf.
+        dpi: Pixels per inch.
 
     Raises:
         ValueError: The format is unknown.
     """
     suffix = _check_format(path)
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, format=suffix[1:], dpi=150)
+        figure.savefig(temporary, format=suffix[1:], dpi=dpi)
 
 
 def _check_format(path: str | os.PathLike) -> str:

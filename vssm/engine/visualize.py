@@ -1,11 +1,13 @@
-"""Pictures of scan orders: the path of each direction over the grid, with arrows, coloured from start to end."""
+"""Pictures of scan orders: the path of each direction over a grid or an image, with arrows, coloured by time."""
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from vssm.engine.plot import new_figure
+from vssm.engine.plot import new_figure, save_figure
+from vssm.engine.sight import backdrop
 from vssm.files import atomic_path
 from vssm.scan_order import scan_order
 
@@ -19,6 +21,7 @@ _STEP_WIDTH, _JUMP_WIDTH = 0.08, 0.03  # shafts to a neighbour and to a token fa
 _HEAD = 0.26
 
 _INK = "#262626"
+_OPACITY = 0.45  # of the colours of time over an image
 
 
 def draw_scan_order(
@@ -40,11 +43,7 @@ def draw_scan_order(
         ValueError: If the order is unknown, the grid empty or too large to be drawn, or matplotlib missing.
     """
     order = scan_order(name, height, width, "cpu", window=window).numpy()
-    if max(height, width) > _LARGEST_SIDE:
-        raise ValueError(
-            f"draw_scan_order: expected a grid of at most {_LARGEST_SIDE}x{_LARGEST_SIDE} tokens, which a page can "
-            f"show, got {height}x{width}"
-        )
+    _check_side("draw_scan_order", height, width)
     figure, panels = _new_panels(len(order), height, width)
     for direction, (axes, tokens) in enumerate(zip(panels, order, strict=True)):
         axes.set_title(f"direction {direction}", fontsize=9, color=_INK)
@@ -61,6 +60,60 @@ def draw_scan_order(
         "width": width,
         "directions": len(order),
     }
+
+
+def draw_paths(
+    path: str | os.PathLike, times: Sequence[np.ndarray], *, image: np.ndarray | None = None, title: str = ""
+) -> dict[str, object]:
+    """Draws one panel a direction: arrows from patch to patch, and each patch in the colour of its time.
+
+    Args:
+        path: Target, ending in .png, .svg or .pdf.
+        times: For each direction the step at which a patch is visited (h, w), as `visit_times` gives it.
+        image: Colours (H, W, 3) from 0 to 1, which lie under the path; white paper when not given.
+        title: Heading; none when empty.
+
+    Returns:
+        What was drawn: ``picture``, ``directions`` and ``steps``, the number of patches that each visits.
+
+    Raises:
+        ValueError: A grid is too large to be drawn, matplotlib is missing, or the format is unknown.
+    """
+    height, width = times[0].shape
+    _check_side("draw_paths", height, width)
+    figure, panels = _new_panels(len(times), height, width)
+    figure.suptitle(title, fontsize=9, color=_INK)
+    for direction, (axes, table) in enumerate(zip(panels, times, strict=True)):
+        rows, columns = table.shape
+        axes.set_title(f"direction {direction}", fontsize=9, color=_INK)
+        axes.set(xlim=(-0.55, columns - 0.45), ylim=(rows - 0.45, -0.55))
+        if image is not None:
+            extent = (-0.5, columns - 0.5, rows - 0.5, -0.5)
+            axes.imshow(
+                backdrop(image), cmap="gray", vmin=0, vmax=1, extent=extent, aspect="auto", interpolation="nearest"
+            )
+        _draw_times(axes, table)
+        axes.set_aspect(1 if image is None else image.shape[0] / rows / (image.shape[1] / columns))
+    _add_legend(figure, panels)
+    save_figure(figure, path, dpi=300)
+    return {"picture": os.fspath(path), "directions": len(times), "steps": [int((each >= 0).sum()) for each in times]}
+
+
+def _draw_times(axes: Any, table: np.ndarray) -> None:
+    rows, columns = table.shape
+    relative = np.ma.masked_less(table, 0) / max(int(table.max()), 1)
+    axes.imshow(relative, cmap=_colour_map(), vmin=0, vmax=1, alpha=_OPACITY, aspect="auto", interpolation="nearest")
+    _draw_cells(axes, rows, columns)
+    tokens = np.argsort(table, axis=None)[(table < 0).sum() :]
+    _draw_path(axes, np.stack([tokens % columns, tokens // columns]).astype(float), inked=True)
+
+
+def _check_side(function: str, height: int, width: int) -> None:
+    if max(height, width) > _LARGEST_SIDE:
+        raise ValueError(
+            f"{function}: expected a grid of at most {_LARGEST_SIDE}x{_LARGEST_SIDE} tokens, which a page can "
+            f"show, got {height}x{width}"
+        )
 
 
 def _new_panels(count: int, height: int, width: int) -> tuple[Any, list[Any]]:
@@ -83,7 +136,7 @@ def _draw_cells(axes: Any, height: int, width: int) -> None:
     axes.vlines([column - 0.5 for column in range(width + 1)], -0.5, height - 0.5, **style)
 
 
-def _draw_path(axes: Any, cells: np.ndarray) -> None:
+def _draw_path(axes: Any, cells: np.ndarray, *, inked: bool = False) -> None:
     """Draws an arrow a step and a dot a token, larger at the first (disc) and the last (square).
 
     Arrows to a token farther away than a neighbour are thin, with the head in their middle: at their end it would
@@ -92,8 +145,12 @@ def _draw_path(axes: Any, cells: np.ndarray) -> None:
     Args:
         axes: Panel.
         cells: Column and row of the token at each step (2, l).
+        inked: Arrows and dots are dark, over tokens that have the colours of time; else they have these themselves.
     """
-    colours = _colour_map()(np.linspace(0, 1, cells.shape[1]))
+    from matplotlib.colors import to_rgba
+
+    times = _colour_map()(np.linspace(0, 1, cells.shape[1]))
+    colours = np.broadcast_to(to_rgba(_INK), times.shape) if inked else times
     vectors = np.diff(cells)
     lengths = np.hypot(*vectors)
     tails = cells[:, :-1] + _CLEARANCE * vectors / lengths
@@ -103,7 +160,7 @@ def _draw_path(axes: Any, cells: np.ndarray) -> None:
     _draw_arrows(axes, tails[:, near], shafts[:, near], colours[:-1][near], width=_STEP_WIDTH, head=_HEAD)
     _draw_arrows(axes, tails[:, far], shafts[:, far], colours[:-1][far], width=_JUMP_WIDTH, head=0)
     _draw_arrows(axes, tails[:, far], to_middle, colours[:-1][far], width=_JUMP_WIDTH, head=_HEAD)
-    _draw_dots(axes, cells, colours)
+    _draw_dots(axes, cells, colours, ends=(times[0], times[-1]))
 
 
 def _draw_arrows(
@@ -115,14 +172,14 @@ def _draw_arrows(
     axes.quiver(*tails, *shafts, color=colours, width=width, minlength=0, **heads, **in_tokens)
 
 
-def _draw_dots(axes: Any, cells: np.ndarray, colours: np.ndarray) -> None:
+def _draw_dots(axes: Any, cells: np.ndarray, colours: np.ndarray, *, ends: tuple[np.ndarray, np.ndarray]) -> None:
     from matplotlib.patches import Circle, Rectangle
 
     for cell, colour in zip(cells.T, colours, strict=True):
         axes.add_patch(Circle(tuple(cell), _DOT, color=colour, linewidth=0))
-    ends = {"edgecolor": _INK, "linewidth": 1.0, "zorder": 3}
-    axes.add_patch(Rectangle(tuple(cells[:, -1] - _MARK), 2 * _MARK, 2 * _MARK, facecolor=colours[-1], **ends))
-    axes.add_patch(Circle(tuple(cells[:, 0]), _MARK, facecolor=colours[0], **ends))
+    style = {"edgecolor": _INK, "linewidth": 1.0, "zorder": 3}
+    axes.add_patch(Rectangle(tuple(cells[:, -1] - _MARK), 2 * _MARK, 2 * _MARK, facecolor=ends[1], **style))
+    axes.add_patch(Circle(tuple(cells[:, 0]), _MARK, facecolor=ends[0], **style))
 
 
 def _add_legend(figure: Any, panels: list[Any]) -> None:
