@@ -109,7 +109,7 @@ def scan_forward_kernel(
     # In 64 bits the compiler sees that the two channels of a lane are 32 apart, and gives them one address.
     lanes = tl.arange(0, CHANNELS).to(tl.int64 if CHANNELS > 32 else tl.int32)
     lanes += tl.program_id(0) % blocks * CHANNELS + unaligned
-    across = lanes * length if TOKENS_LAST else lanes
+    across = lanes.to(INDEX) * length if TOKENS_LAST else lanes
     ranks, offsets = tl.arange(0, RANKS), tl.arange(0, STEPS)
     COLUMNS: tl.constexpr = SLOTS * CHANNELS
     own = N // SLOTS
@@ -312,7 +312,7 @@ def scan_adjoint_kernel(
     walks = (samples + tl.zeros((), tl.int64)) * sequences
     channels = block * CHANNELS + tl.arange(0, CHANNELS)
     lanes, inside = channels + unaligned, channels < width
-    across = lanes * length if TOKENS_LAST else lanes
+    across = lanes.to(INDEX) * length if TOKENS_LAST else lanes
     ranks, offsets = tl.arange(0, RANKS), tl.arange(0, STEPS)
     COLUMNS: tl.constexpr = SLOTS * CHANNELS
     own = N // SLOTS
