@@ -10,6 +10,7 @@ from PIL import Image
 
 from vssm import detection
 from vssm.cli import main
+from vssm.cli._options import check_none_left_out
 from vssm.data.scenes import DigitScenes, run_lengths
 from vssm.engine.detect import Detector, Found, detect, image_files, named_pictures
 from vssm.engine.segment import Segmentor, segment
@@ -135,6 +136,16 @@ def test_classes_of_pixels_are_told_and_drawn(folder, tmp_path):
         before = np.asarray(original, dtype=int)
         colours = segmentor.colours[classify(original)]
         assert np.abs(np.asarray(file, dtype=int) - (before + colours) / 2).max() <= 1
+
+
+def test_images_that_cannot_be_read_are_left_out(folder, tmp_path, caplog):
+    (folder / "more" / "scene.png").write_bytes(b"")
+    detector, _ = _knowing_detector()
+    (record,) = detect(detector, [folder])
+    assert record["image"] == str(folder / "scene.png")
+    assert caplog.messages == [f"left out: {folder / 'more' / 'scene.png'}: not a readable image (it is empty)"]
+    with pytest.raises(ValueError, match="1 of 2 images cannot be read and were left out"):
+        check_none_left_out(read=1, images=2)
 
 
 def test_names_of_pictures_and_missing_files(tmp_path, capsys):

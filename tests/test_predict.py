@@ -226,11 +226,31 @@ def test_predictions_equal_the_model_on_the_normalised_image(run, checkpoint):
     assert record["predictions"][0]["probability"] == pytest.approx(float(expected), abs=1e-6)
 
 
-def test_predict_refuses_what_it_cannot_read(run, checkpoint, tmp_path, capsys):
-    bad = tmp_path / "bad.png"
+def test_predict_goes_on_after_images_that_cannot_be_read_and_fails_in_the_end(
+    run, checkpoint, tmp_path, capsys, caplog
+):
+    bad, empty = tmp_path / "bad.png", tmp_path / "empty.jpg"
     bad.write_text("not an image")
+    empty.touch()
     good = run / "data" / "val" / "light" / "000.png"
-    assert "bad.png: not a readable image" in _fails(capsys, "predict", good, bad, "--checkpoint", checkpoint)
+    results, picture = tmp_path / "out.json", tmp_path / "sheet.png"
+    outputs = ("--checkpoint", checkpoint, "--results", results, "--picture", picture)
+    error = _fails(capsys, "predict", bad, good, empty, good, *outputs)
+    assert error == "vssm predict: 2 of 4 images cannot be read and were left out"
+    assert [(record["index"], record["image"]) for record in json.loads(results.read_text())] == [
+        (1, str(good)),
+        (3, str(good)),
+    ]
+    assert f"left out: {bad}: not a readable image (cannot identify image file)" in caplog.messages
+    assert f"left out: {empty}: not a readable image (it is empty)" in caplog.messages
+    picture.unlink()
+    assert "1 of 1 images cannot be read" in _fails(capsys, "predict", bad, *outputs)
+    assert json.loads(results.read_text()) == []
+    assert not picture.exists()
+
+
+def test_predict_refuses_what_is_no_image(run, checkpoint, tmp_path, capsys):
+    good = run / "data" / "val" / "light" / "000.png"
     assert "no such image file or folder" in _fails(capsys, "predict", tmp_path / "no.png", "--checkpoint", checkpoint)
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -248,7 +268,7 @@ def test_predict_takes_data_sets_of_every_kind_and_leaves_out_what_it_cannot_rea
     places = [tmp_path / "val.tar", run / "data" / "val" / "dark" / "000.png", many / "val", tmp_path / "{val}.tar"]
     places[-1] = Path(f"{tmp_path}/{{val,val}}.tar")
     command = ["predict", *map(str, places), "--checkpoint", checkpoint, "--results", str(results), "--top-k", "1"]
-    assert main([*command, "--workers", "1"]) == 0
+    assert main([*command, "--workers", "1"]) == 1
     rows = list(csv.DictReader(results.open()))
     assert [int(row["index"]) for row in rows] == [*range(12), 12, *range(13, 162), *range(163, 187)]
     assert [row["true"] for row in rows[::6]][:3] == ["dark", "light", ""]

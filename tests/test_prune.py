@@ -218,8 +218,8 @@ def test_picture_shows_the_tokens_that_stay(tmp_path, checkpoint, capsys, policy
     [
         (["--prune", "s.yaml"], 2, "expected --prune FILE.yaml and --image FILE together"),
         (["--image", "image.png"], 2, "expected --prune FILE.yaml and --image FILE together"),
-        (["--prune", "s.yaml", "--image", "none.png"], 1, "none.png: no such image"),
-        (["--prune", "s.yaml", "--image", "s.yaml"], 1, "s.yaml: not an image that can be read"),
+        (["--prune", "s.yaml", "--image", "none.png"], 1, "none.png: no such image file"),
+        (["--prune", "s.yaml", "--image", "s.yaml"], 1, "s.yaml: not a readable image"),
     ],
 )
 def test_pictures_that_cannot_be_drawn(tmp_path, checkpoint, monkeypatch, capsys, arguments, status, expected):

@@ -115,6 +115,12 @@ def device(text: str) -> "torch.device":
     return place
 
 
+def check_none_left_out(*, read: int, images: int) -> None:
+    """Raises ValueError if some images could not be read, each of which the log has named."""
+    if read < images:
+        raise ValueError(f"{images - read} of {images} images cannot be read and were left out")
+
+
 def add_compile(group: "argparse._ArgumentGroup") -> None:
     """Adds ``--compile [MODE]``, whose value is a mode of ``torch.compile`` or None."""
     group.add_argument(

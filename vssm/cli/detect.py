@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 
 from vssm.cli import UsageError
-from vssm.cli._options import device, positive_int, results_path
+from vssm.cli._options import check_none_left_out, device, positive_int, results_path
 from vssm.cli._training import number
-from vssm.engine.detect import DETECTORS, Detector, detect, open_mambayolo, open_mmdet, open_torchvision
+from vssm.engine.detect import DETECTORS, Detector, detect, image_files, open_mambayolo, open_mmdet, open_torchvision
 from vssm.engine.records import write_results
 
 _MAMBAYOLO = "mambayolo"
@@ -39,9 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints what was found; writes pictures and results."""
+    """Prints what was found; writes pictures and results; exit status 1 at the end if images could not be read."""
     detector = _open(args, args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    records = detect(detector, args.images, threshold=args.threshold, pictures=args.pictures)
+    files = image_files(args.images)
+    records = detect(detector, files, threshold=args.threshold, pictures=args.pictures)
     for record in records:
         print(f"{record['image']}: {len(record['objects'])} objects")
         for each in record["objects"]:
@@ -50,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
     if args.results:
         write_results(args.results, records)
         print(f"{args.results}: {len(records)} images")
+    check_none_left_out(read=len(records), images=len(files))
     return 0
 
 

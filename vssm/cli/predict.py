@@ -5,7 +5,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from vssm.cli._options import positive_int, results_path
+from vssm.cli._options import check_none_left_out, positive_int, results_path
 from vssm.cli._training import (
     add_compute_arguments,
     add_data_arguments,
@@ -45,7 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the most probable classes of every image; writes the predictions and the picture."""
+    """Prints the most probable classes of every image; writes the predictions and the picture.
+
+    Images that cannot be read are named, and end the command with exit status 1 after all others.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     dtype = amp_dtype(args)
     classifier = open_classifier(args)
@@ -64,9 +67,10 @@ def run(args: argparse.Namespace) -> int:
         flat = args.results.suffix.lower() == ".csv"
         write_results(args.results, [flat_record(record) for record in records] if flat else records)
         print(f"{args.results}: {len(records)} of {len(images)} images")
-    if args.picture:
+    if args.picture and records:
         drawn = draw_contact_sheet(args.picture, images, records, title=f"Predictions of {classifier.spec.model}")
         print(f"{args.picture}: {drawn} of {len(records)} images")
+    check_none_left_out(read=len(records), images=len(images))
     return 0
 
 

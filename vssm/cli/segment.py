@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-from vssm.cli._options import device, results_path
+from vssm.cli._options import check_none_left_out, device, results_path
+from vssm.engine.detect import image_files
 from vssm.engine.records import write_results
 from vssm.engine.segment import open_mmseg, segment
 
@@ -23,10 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the largest classes of every image; writes pictures and results."""
+    """Prints the largest classes of every image; writes pictures and results; as vssm detect, may leave images out."""
     place = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     segmentor = open_mmseg(args.recipe, args.checkpoint, device=place)
-    records = segment(segmentor, args.images, pictures=args.pictures)
+    files = image_files(args.images)
+    records = segment(segmentor, files, pictures=args.pictures)
     for record in records:
         print(record["image"])
         for name, share in list(record["shares"].items())[:_SHOWN]:
@@ -34,4 +36,5 @@ def run(args: argparse.Namespace) -> int:
     if args.results:
         write_results(args.results, records)
         print(f"{args.results}: {len(records)} images")
+    check_none_left_out(read=len(records), images=len(files))
     return 0

@@ -2,7 +2,6 @@
 
 import os
 import re
-import struct
 import warnings
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -10,22 +9,14 @@ from itertools import accumulate
 from pathlib import Path
 from typing import IO
 
+import numpy as np
 from PIL import Image
 from timm.data.readers.img_extensions import get_img_extensions
 from torch.utils.data import Dataset
 
-# What Pillow raises for damaged files, by format; none of these is a defect of ours.
-_DAMAGED = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    struct.error,
-    Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
-)
 _MODES = {1: "L", 3: "RGB"}
+_16_BITS = ("PNG", "PPM")  # formats whose integers ("I") are of 16 bits
+_MORE_SUFFIXES = (".avif", ".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff", ".webp")
 UNKNOWN = -1  # target of an image whose class nobody has told
 
 
@@ -135,6 +126,10 @@ def read_image(path: str | os.PathLike, *, channels: int = 3) -> Image.Image:
 def decode_image(file: str | os.PathLike | IO[bytes], *, name: str, channels: int = 3) -> Image.Image:
     """Decodes an image whole.
 
+    The pixels are those that torchvision's and timm's loaders give: the first frame of an animation, as it is stored,
+    whatever EXIF says of turning it, with colours as they are under transparency. Of 16 bits per value, which those
+    clip to white, the upper 8 are taken; other values beyond 0 to 255, as TIFF may have, are clipped.
+
     Args:
         file: Image file, or one open for reading.
         name: What to call it in messages.
@@ -152,20 +147,43 @@ def decode_image(file: str | os.PathLike | IO[bytes], *, name: str, channels: in
         raise ValueError(f"decode_image: expected 1 (grey) or 3 (colour) channels, got {channels}")
     try:
         with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd metadata, which nobody here reads
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(file) as image:
                 image.load()
-                return image if image.mode == _MODES[channels] else image.convert(_MODES[channels])
+                return _converted(image, _MODES[channels])
     except FileNotFoundError:
         raise FileNotFoundError(f"{name}: no such image file") from None
-    except _DAMAGED as error:
-        reason = re.sub(r" ('.*'|<_io.*>)$", "", f"{error}") or type(error).__name__
-        raise UnreadableImage(f"{name}: not a readable image ({reason})") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders raise almost anything at damaged files, RuntimeError and AttributeError too
+        raise UnreadableImage(f"{name}: not a readable image ({_reason(file, error)})") from error
+
+
+def _converted(image: Image.Image, mode: str) -> Image.Image:
+    """The image in a mode of 8 bits per value."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in _16_BITS):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode == "LAB":
+        image = image.convert("RGB")  # from where there is a way to grey
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _reason(file: str | os.PathLike | IO[bytes], error: Exception) -> str:
+    """Why a file cannot be decoded, in one line."""
+    if isinstance(file, str | os.PathLike):
+        size = os.path.getsize(file) if os.path.isfile(file) else None
+    else:
+        size = file.seek(0, os.SEEK_END) if file.seekable() else None
+    if size == 0:
+        return "it is empty"
+    text = re.sub(r" ('.*'|<_io.*>)$", "", " ".join(f"{error}".split()))
+    return text or type(error).__name__
 
 
 def image_suffixes() -> set[str]:
-    """Suffixes of image files, in small letters: those of timm, to which its users may add, and WebP."""
-    return {*get_img_extensions(), ".webp"}
+    """Suffixes of image files, in small letters: those of timm, to which its users may add, and of torchvision."""
+    return {*get_img_extensions(), *_MORE_SUFFIXES}
 
 
 def find_images(folder: str | os.PathLike) -> list[Path]:

@@ -23,6 +23,7 @@ from vssm.data.sampling import ALONE, Draw, EvaluationBatches, Share, TrainingBa
 _logger = logging.getLogger(__name__)
 _CPU = torch.device("cpu")
 _TOLERATED = 0.01  # share of unreadable files that an epoch may have
+_LONGEST = 1000  # times the shorter side: resized to a model's size, a longer image would take gigabytes
 
 
 @dataclass(frozen=True)
@@ -149,8 +150,11 @@ class _Transformed(Dataset):
     def __getitem__(self, index: int) -> _Item:
         try:
             image: Image.Image = self.images.load(index, channels=self.channels)
-        except UnreadableImage as error:
+        except (UnreadableImage, FileNotFoundError) as error:  # files may go away after they were listed
             return str(error)
+        if max(image.size) > _LONGEST * min(image.size):
+            sides = f"{image.width} x {image.height} pixels"
+            return f"{self.images.name(index)}: {sides}, one side more than {_LONGEST} times the other"
         return self.transform(image), self.images.targets[index], index
 
 

@@ -1,8 +1,9 @@
 """Objects in images: boxes, classes and masks of a detector, as records and as pictures."""
 
 import importlib
+import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_segmentation_masks
 
 from vssm import checkpoint, detection
-from vssm.data.images import find_images, read_image
+from vssm.data.images import UnreadableImage, find_images, read_image
 from vssm.data.scenes import run_lengths
 from vssm.files import atomic_path
 from vssm.yolo import MambaYoloDetector
 
+_logger = logging.getLogger(__name__)
 DETECTORS = {"fasterrcnn": detection.fasterrcnn, "maskrcnn": detection.maskrcnn, "retinanet": detection.retinanet}
 _COLOURS = (
     "#E6194B",
@@ -183,7 +185,7 @@ def detect(
     threshold: float = 0.5,
     pictures: str | os.PathLike | None = None,
 ) -> list[dict[str, Any]]:
-    """Finds objects in images.
+    """Finds objects in images; those that cannot be read are left out, with a line in the log for each.
 
     Args:
         detector: What to ask.
@@ -197,11 +199,10 @@ def detect(
 
     Raises:
         FileNotFoundError: If there is no such file or folder.
-        ValueError: If a file is no readable image, or there are no images.
+        ValueError: If there are no images in a folder.
     """
     records = []
-    for path, picture in named_pictures(image_files(paths), pictures):
-        image = read_image(path)
+    for path, picture, image in readable_images(paths, pictures):
         found = detector.find(image).above(threshold)
         if picture is not None:
             _draw(picture, image, found, detector.classes)
@@ -247,6 +248,24 @@ def require_files(*paths: str | os.PathLike) -> None:
     for path in paths:
         if not Path(path).is_file():
             raise FileNotFoundError(f"{os.fspath(path)}: no such file")
+
+
+def readable_images(
+    paths: Sequence[str | os.PathLike], pictures: str | os.PathLike | None
+) -> Iterator[tuple[Path, Path | None, Image.Image]]:
+    """Files, their pictures in the folder ``pictures`` if there is one, and the images; warns of unreadable ones.
+
+    Raises:
+        FileNotFoundError: If there is no such file or folder.
+        ValueError: If a folder has no images.
+    """
+    for path, picture in named_pictures(image_files(paths), pictures):
+        try:
+            image = read_image(path)
+        except UnreadableImage as error:
+            _logger.warning("left out: %s", error)
+        else:
+            yield path, picture, image
 
 
 def named_pictures(

@@ -1,13 +1,12 @@
 """Pictures of token reduction: which patches of an image stay after each cut."""
 
 import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
+from vssm.data.images import read_image
 from vssm.engine.classifier import Classifier
 from vssm.engine.plot import new_figure, save_figure
 from vssm.engine.sight import colours_of
@@ -42,7 +41,7 @@ def draw_kept_tokens(
         ValueError: The file is no image, or the schedule does not suit the model.
     """
     config = classifier.config
-    pixels = config.transform()(_open(image, config.channels))
+    pixels = config.transform()(read_image(image, channels=config.channels))
     with torch.inference_mode(), schedule.reducer(classifier.model.eval()) as reducer:
         classifier.model(pixels[None])
     colours = colours_of(pixels, config)
@@ -70,15 +69,6 @@ def draw_kept_tokens(
         "kept": kept,
         "patches": [holder.size for holder in holders.values()],
     }
-
-
-def _open(path: str | os.PathLike, channels: int) -> Image.Image:
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such image")
-    try:
-        return Image.open(path).convert("L" if channels == 1 else "RGB")
-    except OSError as error:
-        raise ValueError(f"{path}: not an image that can be read ({error})") from error
 
 
 def _holders(backbone: Any, token_map: TokenMap) -> np.ndarray:

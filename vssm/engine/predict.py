@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from vssm.data import DataOptions, LabelledImages, open_images
 from vssm.data.images import UNKNOWN
-from vssm.data.loaders import ReadingCheck, eval_loader
+from vssm.data.loaders import eval_loader
 from vssm.engine.classifier import Classifier
 from vssm.engine.evaluate import autocast
 from vssm.engine.memory import halving
@@ -71,16 +71,15 @@ def predict(
         the most probable classes, in falling order); ``true`` and ``correct``, None where the class is not known.
 
     Raises:
-        ValueError: More than 1 % of the images cannot be read, or one image does not fit into memory.
+        ValueError: One image does not fit into memory.
     """
     model = classifier.model.to(device).eval()
 
     def work(size: int) -> list[dict[str, Any]]:
         loader = eval_loader(images, classifier.config, batch_size=size, workers=workers, device=device)
-        check = ReadingCheck(images.source, len(images))
-        records = []
+        records, unreadable = [], []
         for batch in tqdm(loader, desc="predicting", leave=False, disable=not sys.stderr.isatty()):
-            check.update(batch)
+            unreadable += batch.unreadable
             if not len(batch.targets):
                 continue
             with torch.inference_mode(), autocast(device, amp_dtype):
@@ -88,7 +87,7 @@ def predict(
             probabilities = logits.float().softmax(-1).cpu()
             for index, row in zip(batch.indices.tolist(), probabilities, strict=True):
                 records.append(_record(images, index, row.topk(min(top_k, len(row))), classifier.classes))
-        for message in check.unreadable:
+        for message in unreadable:
             _logger.warning("left out: %s", message)
         return records
 

@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vssm.data.images import read_image
-from vssm.engine.detect import framework, image_files, named_pictures, require_files
+from vssm.engine.detect import framework, readable_images, require_files
 from vssm.files import atomic_path
 
 _OPACITY = 0.5  # of colours over the image
@@ -58,7 +57,7 @@ def open_mmseg(recipe: str | os.PathLike, checkpoint_path: str | os.PathLike, *,
 def segment(
     segmentor: Segmentor, paths: Sequence[str | os.PathLike], *, pictures: str | os.PathLike | None = None
 ) -> list[dict[str, Any]]:
-    """Finds the class of every pixel of images.
+    """Finds the class of every pixel of images; those that cannot be read are left out, with a line in the log each.
 
     Args:
         segmentor: What to ask.
@@ -72,11 +71,10 @@ def segment(
 
     Raises:
         FileNotFoundError: If there is no such file or folder.
-        ValueError: If a file is no readable image, or there are no images.
+        ValueError: If there are no images in a folder.
     """
     records = []
-    for path, picture in named_pictures(image_files(paths), pictures):
-        image = read_image(path)
+    for path, picture, image in readable_images(paths, pictures):
         indices = segmentor.classify(image)
         if picture is not None:
             colours = Image.fromarray(segmentor.colours[indices])
