@@ -1,6 +1,7 @@
 """The arguments of one scan, as every backend receives them."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -87,7 +88,7 @@ class ScanCall:
         """Dtype of the result."""
         return self.x.dtype if self.out_dtype is None else self.out_dtype
 
-    @property
+    @cached_property
     def tokens_last(self) -> bool:
         """Whether tokens are contiguous in memory, not channels, as ``selective_scan`` has them; results then too."""
         plain = self.order is None and self.gap is None and self.dt_weight is None and not (self.chain or self.merge)
