@@ -5,7 +5,7 @@ by :func:`check_values`, where that costs no device synchronisation.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -29,9 +29,21 @@ def check_directional_scan(
     gap: Tensor | None,
     z: Tensor | None,
     merge: bool,
+    *,
+    softplus: bool,
+    return_last_state: bool,
+    out_dtype: torch.dtype | None,
 ) -> None:
     """Raises ValueError if the arguments of ``directional_scan`` do not fit together."""
     expect = _Expectation("directional_scan")
+    expect.tensors({"x": x, "dt": dt, "A": A, "B": B})
+    optional = {"C": C, "D": D, "dt_weight": dt_weight, "dt_bias": dt_bias, "order": order, "gap": gap, "z": z}
+    expect.tensors({name: tensor for name, tensor in optional.items() if tensor is not None})
+    expect.flags({"softplus": softplus, "chain": chain, "merge": merge, "return_last_state": return_last_state})
+    if out_dtype is not None and out_dtype not in FLOATS:
+        raise ValueError(
+            f"directional_scan: out_dtype must be float32, bfloat16, float16 or None, got {_shown(out_dtype)}"
+        )
     expect.kinds({"x": x, "dt": dt, "B": B, "C": C, "D": D, "dt_weight": dt_weight, "dt_bias": dt_bias, "z": z}, A)
     expect.same_device(x, {"dt": dt, "A": A, "B": B, "C": C, "D": D, "dt_weight": dt_weight, "dt_bias": dt_bias})
     expect.same_device(x, {"order": order, "gap": gap, "z": z})
@@ -87,9 +99,16 @@ def check_selective_scan(
     D: Tensor | None,
     z: Tensor | None,
     delta_bias: Tensor | None,
+    *,
+    delta_softplus: bool,
+    return_last_state: bool,
 ) -> None:
     """Raises ValueError if the arguments of ``selective_scan`` do not fit together."""
     expect = _Expectation("selective_scan")
+    expect.tensors({"u": u, "delta": delta, "A": A, "B": B, "C": C})
+    optional = {"D": D, "z": z, "delta_bias": delta_bias}
+    expect.tensors({name: tensor for name, tensor in optional.items() if tensor is not None})
+    expect.flags({"delta_softplus": delta_softplus, "return_last_state": return_last_state})
     expect.kinds({"u": u, "delta": delta, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias}, A)
     expect.same_device(u, {"delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias})
     expect.ndim("u", u, 3, "(b, d, l)")
@@ -145,6 +164,18 @@ class _Expectation:
         self.function = function
         self.context: Callable[[], str] = lambda: ""
 
+    def tensors(self, values: Mapping[str, object]) -> None:
+        for name, value in values.items():
+            if not isinstance(value, Tensor):
+                raise ValueError(f"{self.function}: {name} must be a tensor, got {type(value).__name__}")
+            if value.layout != torch.strided:
+                raise ValueError(f"{self.function}: {name} must be a dense tensor, got {_short(value.layout)}")
+
+    def flags(self, values: Mapping[str, object]) -> None:
+        for name, value in values.items():
+            if not isinstance(value, bool):
+                raise ValueError(f"{self.function}: {name} must be True or False, got {_shown(value)}")
+
     def kinds(self, tensors: dict[str, Tensor | None], A: Tensor) -> None:
         for name, tensor in tensors.items():
             if tensor is not None and tensor.dtype not in FLOATS:
@@ -180,5 +211,10 @@ class _Expectation:
             raise ValueError(f"{self.function}: {name} must be {spelled} {self.context()}, got {tuple(tensor.shape)}")
 
 
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _short(kind: torch.dtype | torch.layout) -> str:
+    return str(kind).removeprefix("torch.")
+
+
+def _shown(value: object) -> str:
+    """A value that is not of the type it should be, in a few words of one line."""
+    return type(value).__name__ if isinstance(value, Tensor) else " ".join(repr(value).split())

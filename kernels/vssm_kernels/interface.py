@@ -70,7 +70,10 @@ def directional_scan(
         Gu and Dao, "Mamba", 2023, algorithm 2, https://arxiv.org/abs/2312.00752; scan directions after
         Liu et al., "VMamba", 2024, section 4, https://arxiv.org/abs/2401.10166
     """
-    check_directional_scan(x, dt, A, B, C, D, dt_weight, dt_bias, order, params, chain, gap, z, merge)
+    check_directional_scan(
+        x, dt, A, B, C, D, dt_weight, dt_bias, order, params, chain, gap, z, merge,
+        softplus=softplus, return_last_state=return_last_state, out_dtype=out_dtype,
+    )  # fmt: skip
     y, state = torch.ops.vssm.scan(
         x,
         dt,
@@ -128,7 +131,9 @@ def selective_scan(
     Reference:
         Gu and Dao, "Mamba", 2023, algorithm 2, https://arxiv.org/abs/2312.00752
     """
-    check_selective_scan(u, delta, A, B, C, D, z, delta_bias)
+    check_selective_scan(
+        u, delta, A, B, C, D, z, delta_bias, delta_softplus=delta_softplus, return_last_state=return_last_state
+    )
     groups = next((m.shape[1] for m in (B, C) if m.ndim == 4), 1)
 
     def rows(tensor: Tensor | None) -> Tensor | None:  # (b, d, l) -> (b, l, g, d/g): groups are directions

@@ -130,13 +130,16 @@ class _Segment:
     gap: Tensor | None  # (t, b or 1, k)
 
 
+def per_sample(table: Tensor) -> Tensor:
+    """An order or gaps with an axis of samples: (k, t) -> (1, k, t)."""
+    return table[None] if table.ndim == 2 else table
+
+
 def _segments(call: ScanCall) -> Iterator[_Segment]:
     """Segments in the order of time. One never crosses the joint of two chained rows, so its tokens are distinct."""
     device, b, k, t = call.x.device, call.batch, call.directions, call.steps
-    order = (
-        torch.arange(t, device=device).expand(1, k, t) if call.order is None else call.order.reshape(-1, k, t).long()
-    )
-    gap = None if call.gap is None else call.gap.reshape(-1, k, t)
+    order = torch.arange(t, device=device).expand(1, k, t) if call.order is None else per_sample(call.order).long()
+    gap = None if call.gap is None else per_sample(call.gap)
     sequence = torch.arange(call.sequences, device=device)
     first_row = torch.arange(b, device=device)[:, None] * call.tokens
     length = max(CHUNK, SEGMENT_ELEMENTS // max(1, b * call.sequences * call.width * call.states))

@@ -1,9 +1,13 @@
 """Wrong arguments of the scan: one line that names what was expected and what came."""
 
+import random
+import re
+
 import pytest
 import torch
 
-from vssm_kernels import directional_scan, selective_scan
+from scan_cases import random_case
+from vssm_kernels import available_backends, directional_scan, selective_scan, use_backend
 
 B, L, K, D, N, R = 2, 12, 4, 6, 3, 5
 
@@ -49,6 +53,12 @@ def _directional(**changes) -> dict:
         ({"gap": torch.ones(K, L)}, "gap must hold integers, got float32"),
         ({"params": "tokens"}, "params must be 'token' or 'step', got 'tokens'"),
         ({"B": torch.randn(B, L, K, N, device="meta")}, "all tensors must be on cpu, got B on meta"),
+        ({"dt": None}, "dt must be a tensor, got NoneType"),
+        ({"z": [1.0]}, "z must be a tensor, got list"),
+        ({"x": torch.randn(B, L, D).to_sparse()}, "x must be a dense tensor, got sparse_coo"),
+        ({"softplus": None}, "softplus must be True or False, got None"),
+        ({"merge": torch.ones(3, 3)}, "merge must be True or False, got Tensor"),
+        ({"out_dtype": torch.int32}, "out_dtype must be float32, bfloat16, float16 or None, got torch.int32"),
     ],
 )
 def test_directional_scan_refuses(changes, message):
@@ -81,11 +91,54 @@ def _selective(**changes) -> dict:
         ({"D": torch.randn(L)}, r"D must be \(6,\)"),
         ({"z": torch.randn(B, L, D)}, r"z must be \(2, 6, 12\)"),
         ({"A": torch.rand(D, N)}, "A must not be above 0"),
+        ({"C": None}, "C must be a tensor, got NoneType"),
+        ({"delta_softplus": 1}, "delta_softplus must be True or False, got 1"),
     ],
 )
 def test_selective_scan_refuses(changes, message):
     with pytest.raises(ValueError, match=message):
         selective_scan(**_selective(**changes))
+
+
+WRONG_VALUES = (None, 3, "x", [1.0], True, torch.float32, torch.int32)
+WRONG_CHANGES = (
+    lambda tensor, rng: tensor.to(
+        rng.choice([torch.float64, torch.bfloat16, torch.int64, torch.bool, torch.complex64])
+    ),
+    lambda tensor, rng: tensor.to("meta"),
+    lambda tensor, rng: tensor[..., None],
+    lambda tensor, rng: tensor[None],
+    lambda tensor, rng: tensor.reshape(-1),
+    lambda tensor, rng: tensor.new_ones([max(0, size + rng.choice([-size, -1, 0, 0, 1])) for size in tensor.shape]),
+    lambda tensor, rng: tensor.transpose(0, -1),
+    lambda tensor, rng: -tensor,
+    lambda tensor, rng: tensor.to_sparse(),
+)
+
+
+@pytest.mark.parametrize("backend", [name for name in ("torch", "cpu") if name in available_backends()])
+@pytest.mark.parametrize(("function", "usual"), [(directional_scan, _directional), (selective_scan, _selective)])
+def test_random_arguments_are_computed_or_refused_in_one_line(function, usual, backend):
+    """An exception of another kind than ValueError would be raised here."""
+    rng, refused = random.Random(0), 0
+    for number in range(400):
+        arguments = random_case(number + 1).arguments(torch.float32) if function is directional_scan else usual()
+        for name in rng.sample(sorted(arguments), rng.choice([1, 1, 2])):
+            value = arguments[name]
+            if isinstance(value, torch.Tensor) and rng.random() < 0.9:
+                arguments[name] = rng.choice(WRONG_CHANGES)(value.detach(), rng)
+            else:
+                arguments[name] = rng.choice(WRONG_VALUES)
+        try:
+            with use_backend(backend):
+                function(**arguments)
+        except ValueError as error:
+            refused += 1
+            message = str(error)
+        else:
+            message = f"{function.__name__}: computed"
+        assert re.fullmatch(rf"({function.__name__}|scan): .+", message)
+    assert 200 < refused < 400
 
 
 def test_repeated_token_is_found_on_request(monkeypatch):
