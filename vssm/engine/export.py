@@ -152,12 +152,28 @@ def _write_onnx(program: ExportedProgram, path: Path, description: dict[str, Any
         input_names=["images"],
         output_names=outputs,
         external_data=False,
+        optimize=False,
         verbose=False,
     )
     assert written is not None, "it is with dynamo=True"
+    _tidy(written.model)
     written.model.metadata_props.update({key: json.dumps(value) for key, value in description.items()})
     written.save(str(path), external_data=False)
     return {"opset": written.model.opset_imports[""], "onnx": version("onnx"), "onnxruntime": version("onnxruntime")}
+
+
+def _tidy(model: Any) -> None:
+    """Computes what is constant, and once what is there several times.
+
+    The exporter's own optimizer takes minutes for a deep model, in time that is quadratic in its size, for no speed.
+    """
+    from onnx_ir.passes.common import CommonSubexpressionEliminationPass  # not at the top: they belong to an extra
+    from onnxscript.optimizer import fold_constants, remove_unused_nodes
+
+    CommonSubexpressionEliminationPass()(model)
+    fold_constants(model)
+    remove_unused_nodes(model)
+    CommonSubexpressionEliminationPass()(model)
 
 
 def _write_pt2(program: ExportedProgram, path: Path, description: dict[str, Any]) -> dict[str, Any]:
