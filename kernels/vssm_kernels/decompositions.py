@@ -52,8 +52,10 @@ def plain_scan(*args: Any) -> tuple[Tensor, Tensor]:
     result = table.place(y)
     if call.z is not None:
         result = result * F.silu(call.z.to(result.dtype))
-    last = states[-1].permute(1, 0, 3, 2).contiguous() if call.return_last_state else result.new_empty(0)
-    return result.to(call.result_dtype), last
+    if not call.return_last_state:
+        return result.to(call.result_dtype), result.new_empty(0)
+    steps = call.steps * call.directions // call.sequences
+    return result.to(call.result_dtype), states[steps - 1].permute(1, 0, 3, 2).contiguous()
 
 
 def linear_scan(decay: Tensor, source: Tensor, *, levels: int = LEVELS) -> Tensor:
@@ -76,36 +78,46 @@ def linear_scan(decay: Tensor, source: Tensor, *, levels: int = LEVELS) -> Tenso
             "dynamic sizes of the program a max"
         )
     steps = source.shape[0]
-    chunks = (steps + CHUNK - 1) // CHUNK
-    decays, sources = (_in_chunks(each, chunks).split(1, dim=1) for each in (decay, source))
+    decays, sources = (_in_chunks(each).split(1, dim=1) for each in (decay, source))
     states = [sources[0]]
     for each, added in zip(decays[1:], sources[1:], strict=True):
         states.append(each * states[-1] + added)
     h = torch.cat(states, dim=1)
-    if not statically_known_true(chunks == 1):
+    if not statically_known_true(_chunks(steps) == 1):
         across = [decays[0]]  # decay from the chunk before to each step
         for each in decays[1:]:
             across.append(each * across[-1])
         carried = linear_scan(across[-1].squeeze(1), states[-1].squeeze(1), levels=levels - 1)
         before = torch.cat([torch.zeros_like(carried[:1]), carried[:-1]])
         h = h + torch.cat(across, dim=1) * before[:, None]
-    return h.flatten(0, 1).narrow(0, 0, steps)
+    h = h.flatten(0, 1)
+    return h if statically_known_true(h.shape[0] == steps) else h.narrow(0, 0, steps)
 
 
-def _in_chunks(rows: Tensor, chunks: int) -> Tensor:
+def _in_chunks(rows: Tensor) -> Tensor:
     """Rows (t, ...) as (chunks, CHUNK, ...), with zeros at the end."""
-    missing = chunks * CHUNK - rows.shape[0]
-    if not statically_known_true(missing == 0):
-        # As many zeros as are ever missing: a number of them that may be 0 or 1 is a case of its own to torch.export.
-        rows = torch.cat([rows, rows.new_zeros(CHUNK - 1, *rows.shape[1:])]).narrow(0, 0, chunks * CHUNK)
-    return rows.unflatten(0, (chunks, CHUNK))
+    return _padded(rows).unflatten(0, (_chunks(rows.shape[0]), CHUNK))
+
+
+def _padded(rows: Tensor) -> Tensor:
+    """Rows (t, ...) with as many zeros as the last chunk lacks."""
+    whole = _chunks(rows.shape[0]) * CHUNK
+    if statically_known_true(whole == rows.shape[0]):
+        return rows
+    # First as many zeros as are ever missing: a number of them that may be 0 or 1 is a case of its own to torch.export.
+    return torch.cat([rows, rows.new_zeros(CHUNK - 1, *rows.shape[1:])]).narrow(0, 0, whole)
+
+
+def _chunks(steps: int) -> int:
+    return (steps + CHUNK - 1) // CHUNK
 
 
 class _Table:
     """Which rows of its tensors each step of a scan reads, as (t, k), or (t, k, b) where samples differ.
 
     A chain is one sequence, k = 1. ``x_rows`` are tokens of (l, b, d) or rows of (l·k, b, d), ``parameter_rows`` rows
-    of dt, B and C as (l·k, b, ...). ``gap`` is (t, k, 1 or b, 1).
+    of dt, B and C as (l·k, b, ...). ``gap`` is (t, k, 1 or b, 1). Steps fill whole chunks: those after the last one
+    read the first row, for nobody, which costs less than zeros added to tensors with states.
     """
 
     def __init__(self, call: ScanCall) -> None:
@@ -127,17 +139,17 @@ class _Table:
         """
         call, k, t = self._call, self._call.directions, self._call.steps
         if call.chain:
-            y = y.squeeze(1).unflatten(0, (k, t)).transpose(0, 1)
+            y = y.narrow(0, 0, k * t).squeeze(1).unflatten(0, (k, t)).transpose(0, 1)
         if not statically_known_true(t == call.tokens):
-            y = torch.cat([y, torch.zeros_like(y[:1])])
+            y = torch.cat([y.narrow(0, 0, t), torch.zeros_like(y[:1])])
         never = self._order.new_full((*self._order.shape[:-1], call.tokens), t)
         step = never.scatter(-1, self._order, self._step.expand_as(self._order))
         result = _take(y.flatten(0, 1), self._tokens_first(step * k + self._direction), y.dtype)  # (l, k, b, d)
         return result.sum(1).transpose(0, 1) if call.merge else result.permute(2, 0, 1, 3)
 
     def _steps_first(self, steps: Tensor) -> Tensor:
-        """(k, t) or (b, k, t) as (t, k) or (t, k, b); a chain as (k·t, 1) or (k·t, 1, b)."""
-        return self._tokens_first(steps.flatten(-2).unsqueeze(-2) if self._call.chain else steps)
+        """(k, t) or (b, k, t) as (t, k) or (t, k, b), a chain as (k·t, 1) or (k·t, 1, b), in whole chunks."""
+        return _padded(self._tokens_first(steps.flatten(-2).unsqueeze(-2) if self._call.chain else steps))
 
     def _tokens_first(self, table: Tensor) -> Tensor:
         return table.permute(*reversed(range(table.ndim)))
