@@ -64,6 +64,7 @@ COMMANDS = {
     "demo",
     "detect",
     "doctor",
+    "export",
     "info",
     "list",
     "predict",

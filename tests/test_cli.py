@@ -1,7 +1,9 @@
 """The command line: one-line failures, exit statuses, help, and options from YAML files."""
 
 import argparse
+import importlib
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -58,11 +60,19 @@ def test_options_are_not_abbreviated(capsys):
     assert failure(capsys, "list", "--pre")[0] == 2
 
 
-@pytest.mark.parametrize("value", ["0", "-3", "x", "1.5"])
+@pytest.mark.parametrize("value", ["0", "-3", "x", "1.5", "3000000000"])
 def test_batch_size_must_be_positive(capsys, value):
     status, line = failure(capsys, "info", "test_vim", f"--batch-size={value}")
     assert status == 2
-    assert line.startswith("vssm info: argument --batch-size: expected a positive integer, got ")
+    assert line.startswith("vssm info: argument --batch-size: expected a positive integer")
+    assert line.endswith(f"got {value}" if value[-1].isdecimal() and "." not in value else f"got {value!r}")
+
+
+@pytest.mark.parametrize("value", ["", "x", "0", "224x", "1x2x3", "-224", "65536", "224x99999999999999999999"])
+def test_image_sizes_are_checked(capsys, value):
+    status, line = failure(capsys, "info", "test_vim", f"--img-size={value}")
+    assert status == 2
+    assert line.endswith(f"expected a size in pixels such as 224 or 160x256 (height x width), got {value!r}")
 
 
 def test_unknown_model_names_the_nearest_and_writes_nothing(capsys, tmp_path):
@@ -72,6 +82,60 @@ def test_unknown_model_names_the_nearest_and_writes_nothing(capsys, tmp_path):
     assert line.startswith("vssm info: ")
     assert "vim_tiny_patch16_224" in line
     assert list(tmp_path.iterdir()) == []
+
+
+WORDS = (
+    *(
+        "",
+        "0",
+        "1",
+        "-1",
+        "0.5",
+        "1e400",
+        "nan",
+        "-inf",
+        "999999999999999999999",
+        "16x16",
+        "0x0",
+        "224x",
+        "x",
+        "é",
+        "a\nb",
+    ),
+    *(
+        "cpu",
+        "cuda:99",
+        "meta",
+        "test_vim",
+        "nope",
+        "a=1",
+        "=",
+        "b=1,l=16",
+        "1,16,8",
+        "{a,b}",
+        "}{",
+        "float32,int8",
+        "-",
+    ),
+    *("out.json", "out.png", "out.txt", "nowhere/out.csv", "/", "..", "/dev/null", "3m", "auto", "sgd", "default"),
+)
+
+
+@pytest.mark.parametrize("name", commands())
+def test_random_options_are_understood_or_refused(name, tmp_path, monkeypatch):
+    """What is not told in one line, as UsageError and OSError are, would be raised here; no command runs."""
+    monkeypatch.chdir(tmp_path)
+    rng, refused = random.Random(0), 0
+    for _ in range(150):
+        parser = Parser(prog=f"vssm {name}")
+        importlib.import_module(f"vssm.cli.{name}").add_arguments(parser)
+        options = [option for option in parser._option_string_actions if option not in ("-h", "--help")]
+        argv = [word for _ in range(rng.choice([1, 2, 4])) for word in (rng.choice(options), rng.choice(WORDS))]
+        try:
+            parse_with_config(parser, rng.sample(WORDS, rng.choice([0, 1])) + argv)
+        except (UsageError, OSError):
+            refused += 1
+    assert refused > 10
 
 
 def test_results_of_unknown_format_are_refused_before_the_work(capsys):
@@ -96,6 +160,13 @@ def test_results_of_unknown_format_are_refused_before_the_work(capsys):
             "another --device",
         ),
         (
+            "raise RuntimeError(\"[enforce fail at c:7] . DefaultCPUAllocator: can't allocate memory: you tried to "
+            'allocate 9 bytes. Error code 12")',
+            1,
+            "vssm sample: can't allocate memory: you tried to allocate 9 bytes. Error code 12; try a smaller "
+            "--batch-size or --img-size, or another --device",
+        ),
+        (
             "import safetensors; raise safetensors.SafetensorError('I/O error: No space left on device')",
             1,
             "vssm sample: I/O error: No space left on device",
@@ -108,9 +179,12 @@ def test_expected_failures_are_one_line(capsys, command, body, status, line):
     assert failure(capsys, "sample") == (status, line)
 
 
-def test_a_bug_keeps_its_traceback(command):
-    command("return {}['absent']")
-    with pytest.raises(KeyError, match="absent"):
+@pytest.mark.parametrize(
+    ("body", "error"), [("return {}['absent']", KeyError), ("raise RuntimeError(3)", RuntimeError)]
+)
+def test_a_bug_keeps_its_traceback(command, body, error):
+    command(body)
+    with pytest.raises(error):
         main(["sample"])
 
 

@@ -8,17 +8,17 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 
 from vssm.cli._options import Parser, UsageError, nearest
 from vssm.cli.config import parse_with_config
+from vssm.engine.memory import is_out_of_memory
 
 __all__ = ["UsageError", "main"]
 
 _DEBUG_VARIABLE = "VSSM_DEBUG"
 # A disk that is full while weights are written is a SafetensorError.
-_EXPECTED = (UsageError, ValueError, OSError, KeyboardInterrupt, torch.OutOfMemoryError, SafetensorError)
+_EXPECTED = (UsageError, ValueError, OSError, KeyboardInterrupt, SafetensorError)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -46,8 +46,8 @@ def main(argv: list[str] | None = None) -> int:
         return leaving.code if isinstance(leaving.code, int) else 0
     except BrokenPipeError:
         return _reader_is_gone()
-    except _EXPECTED as error:
-        if os.environ.get(_DEBUG_VARIABLE) == "1":
+    except (*_EXPECTED, RuntimeError) as error:
+        if os.environ.get(_DEBUG_VARIABLE) == "1" or not (isinstance(error, _EXPECTED) or is_out_of_memory(error)):
             raise
         line = " ".join(_describe(error).split())
         print(f"{program}: {line.removeprefix(program.removeprefix('vssm ') + ': ')}", file=sys.stderr)
@@ -111,8 +111,9 @@ def _describe(error: BaseException) -> str:
         return "interrupted"
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}"
-    if isinstance(error, torch.OutOfMemoryError):
-        needed = ". ".join(str(error).split(". ")[:2])  # what follows is about torch's allocator
+    if is_out_of_memory(error):
+        said = str(error).partition("DefaultCPUAllocator: ")[2] or str(error)
+        needed = ". ".join(said.split(". ")[:2])  # what follows is about torch's allocator
         return f"{needed}; try a smaller --batch-size or --img-size, or another --device"
     return str(error) or type(error).__name__
 

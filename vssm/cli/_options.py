@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     import torch
 
 
+_LARGEST = 2**31 - 1  # of what is counted: beyond lie sizes that torch cannot express
+_LONGEST = 2**16 - 1  # pixels
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")  # of torch.compile
 
 
@@ -76,13 +78,15 @@ def positive_int(text: str) -> int:
         raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}") from None
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a positive integer, got {value}")
+    if value > _LARGEST:
+        raise argparse.ArgumentTypeError(f"expected a positive integer of at most {_LARGEST}, got {value}")
     return value
 
 
 def image_size(text: str) -> tuple[int, int]:
-    """Type of ``--img-size``: ``224`` or ``160x256`` (height x width) in pixels."""
+    """Type of ``--img-size``: ``224`` or ``160x256`` (height x width) in pixels, up to 65535."""
     parts = text.lower().split("x")
-    if len(parts) > 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+    if len(parts) > 2 or not all(part.isdecimal() and 0 < int(part) <= _LONGEST for part in parts):
         raise argparse.ArgumentTypeError(
             f"expected a size in pixels such as 224 or 160x256 (height x width), got {text!r}"
         )

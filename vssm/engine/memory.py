@@ -28,7 +28,7 @@ def halving(work: Callable[[int], _Result], batch_size: int) -> _Result:
         try:
             return work(batch_size)
         except RuntimeError as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
         if batch_size == 1:
             raise ValueError("one image does not fit into memory; take a smaller --img-size")
@@ -44,5 +44,6 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory is not enough, of a GPU or of the CPU."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
