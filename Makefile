@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 IN_VENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 
-.PHONY: help demo test test-mm clean
+.PHONY: help demo gallery test test-mm clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    create $(VENV), install vssm, train a small model on real digits and show what it sees"
+	@echo "make gallery trains two small models on the digits and draws the pictures of model_cards/gallery.md"
 	@echo "make test    create $(VENV), install what checks need, run all checks (tools/ci.sh)"
 	@echo "make test-mm adds mmdetection and mmsegmentation to $(VENV) and runs the tests that need them"
 	@echo "make clean   remove $(VENV) and what builds leave behind"
@@ -15,6 +16,9 @@ help:
 
 demo: $(VENV)/installed-demo
 	@$(IN_VENV) python tools/demo.py
+
+gallery: $(VENV)/installed-demo
+	@$(IN_VENV) python tools/gallery.py
 
 test: $(VENV)/installed-dev
 	@$(IN_VENV) tools/ci.sh

@@ -1,6 +1,8 @@
 """Pictures of what models see: the arrays behind them against hand computations, and the command."""
 
+import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from vssm.engine.state_decay import decay_map, half_life, share_left
 from vssm.scan_order import scan_order
 from vssm_kernels import directional_scan
 
+ROOT = Path(__file__).parents[1]
 VIM = ["--model", "test_vim", "--model-kwargs", "patch_size=4", "depth=2", "--img-size", "16"]
 
 
@@ -366,6 +369,7 @@ def test_fields_are_relative_to_their_largest_value(tmp_path):
         (["--what", "path", "--block", "2"], 2, "--block belongs to a model"),
         (["--what", "erf", "--before", *VIM], 2, "--before shows random weights beside trained ones"),
         (["--what", "erf", "--models", "test_vim", *VIM], 2, "expected --models A,B, or --model or --checkpoint"),
+        (["--what", "erf", "--models", "test_vim,none.pth"], 1, "none.pth"),
         (["--what", "erf", "--models", "test_vim,"], 2, "expected names with commas between them"),
         (["--what", "cam", "--prune", "s.yaml", *VIM], 2, "--prune draws tokens that stay"),
         (["--what", "cam", "--class", "cat", "--num-classes", "3", *VIM], 2, "the model has no class 'cat'"),
@@ -392,3 +396,11 @@ def test_missing_matplotlib_names_the_extra(tmp_path, monkeypatch, capsys):
     assert main(["visualize", str(tmp_path / "out.png"), "--what", "cam", *VIM]) == 1
     assert 'pip install "vssm[plot]"' in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_gallery_shows_what_its_commands_write():
+    page = (ROOT / "model_cards/gallery.md").read_text(encoding="utf-8")
+    written = re.findall(r"^vssm visualize (model_cards/\S+)", page, re.MULTILINE)
+    shown = ["model_cards/" + name for name in re.findall(r"\]\((images/\S+)\)", page)]
+    assert sorted(written) == sorted(shown)
+    assert all(4_000 < (ROOT / name).stat().st_size <= 150_000 for name in shown)

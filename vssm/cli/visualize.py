@@ -26,6 +26,7 @@ from vssm.scan_order import BUILDERS, scan_order
 
 _logger = logging.getLogger(__name__)
 _SEED = 0  # of random weights
+_WEIGHTS = (".safetensors", ".pth", ".pt")  # suffixes that tell the file of a checkpoint from the name of a model
 _IMAGES = 16  # over which a receptive field is averaged
 # Which pictures an option belongs to, where it does not belong to all.
 _OPTIONS = {
@@ -135,11 +136,12 @@ def _draw_erf(args: argparse.Namespace) -> str:
         for state, classifier in _states(chosen):
             sights = look(classifier, args.image, first=args.index or 0, count=args.count or _IMAGES)
             images = torch.stack([each.pixels for each in sights])
-            titles.append(f"{classifier.spec.model}, {state}")
+            titles.append(f"{classifier.spec.model}\n{state}")
             fields.append(effective_receptive_field(classifier.model, images))
     record = draw_receptive_fields(args.output, titles, fields)
     areas = zip(titles, record["half_area"], strict=True)
-    return "; ".join(f"{title}: half of the field within {area:.1%} of the area" for title, area in areas)
+    said = "; ".join(f"{title}: half of the field within {area:.1%} of the area" for title, area in areas)
+    return said.replace("\n", ", ")
 
 
 def _draw_cam(args: argparse.Namespace) -> str:
@@ -200,7 +202,8 @@ def _build_random(spec: ModelSpec) -> Classifier:
 def _choose(args: argparse.Namespace, choice: str) -> argparse.Namespace:
     """The options for one of several models, a name or the file of a checkpoint."""
     file = Path(choice)
-    own = {"checkpoint": file, "pretrained": None} if file.is_file() else {"model": choice}
+    is_file = file.suffix in _WEIGHTS or file.is_file()
+    own = {"checkpoint": file, "pretrained": None} if is_file else {"model": choice}
     return argparse.Namespace(**{**vars(args), **own})
 
 

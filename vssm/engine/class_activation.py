@@ -1,6 +1,7 @@
 """Class-activation maps: which places of an image a classifier's answer comes from."""
 
 import os
+import textwrap
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +13,9 @@ from vssm.engine.plot import new_figure, save_figure
 from vssm.engine.sight import Sight, backdrop, last_map
 from vssm.models._base import TokenBackbone
 
-_PANEL, _DPI = 2.3, 300  # inches, dots per inch
+_PANEL, _DPI = 2.1, 300  # inches, dots per inch
 _OPACITY = 0.65
+_LABEL = 24  # characters of a class that fit above its map
 _ROUNDING = 1e-3  # of the largest logit, within which logits are the same
 
 
@@ -155,7 +157,8 @@ def draw_class_activation(
     drawn = right.imshow(
         values, cmap="viridis", vmin=None if plain else 0, extent=extent, alpha=_OPACITY, interpolation="bilinear"
     )
-    right.set_title(f"{activation.method}: {label} ({activation.probability:.1%})", fontsize=8)
+    short = textwrap.shorten(label, _LABEL, placeholder=" …")
+    right.set_title(f"{activation.method}: {short} ({activation.probability:.1%})", fontsize=8)
     bar = figure.colorbar(drawn, ax=right, shrink=0.85, pad=0.03)
     bar.set_label("part of the logit (mean: logit − bias)" if plain else "gradient-weighted activation", fontsize=7)
     bar.ax.tick_params(labelsize=6)

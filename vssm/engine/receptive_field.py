@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vssm.engine.plot import new_figure, save_figure
 from vssm.engine.sight import last_map
 
-_PANEL, _DPI = 2.3, 300  # inches, dots per inch
+_PANEL, _DPI = 1.9, 300  # inches, dots per inch
 _FLOOR = 1e-4  # of the largest value: what is less is drawn as this
 _SHARE = 0.5  # of the field, within the square of which the area is told
 
@@ -91,7 +91,7 @@ def draw_receptive_fields(path: str | os.PathLike, titles: Sequence[str], fields
     Raises:
         ValueError: matplotlib is missing, or the format is unknown.
     """
-    figure = new_figure(width=_PANEL * len(fields) + 0.8, height=_PANEL + 0.55)
+    figure = new_figure(width=_PANEL * len(fields) + 0.8, height=_PANEL + 0.6)
     from matplotlib.colors import LogNorm
 
     panels = figure.subplots(1, len(fields), squeeze=False)[0]

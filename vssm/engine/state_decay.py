@@ -96,9 +96,7 @@ def draw_decay(
         drawn = _draw_over(axes, sight, decay_map(path, patch).numpy(), patch=patch, norm=LogNorm(_FLOOR, 1))
         axes.set_title(f"direction {direction}", fontsize=7)
         left = share_left(path.step, path.A, _start(path, patch)).numpy()
-        curves.semilogy(
-            np.maximum(left, _FLOOR), color=COLOURS[direction % len(COLOURS)], linewidth=1, label=f"{direction}"
-        )
+        curves.semilogy(left, color=COLOURS[direction % len(COLOURS)], linewidth=1, label=f"{direction}")
     bar = figure.colorbar(drawn, ax=panels, shrink=0.8, pad=0.02, extend="min")
     bar.set_label("share of the input left in the state", fontsize=7)
     bar.ax.tick_params(labelsize=6)
