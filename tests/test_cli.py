@@ -60,6 +60,11 @@ def test_options_are_not_abbreviated(capsys):
     assert failure(capsys, "list", "--pre")[0] == 2
 
 
+def test_two_dashes_are_no_value(capsys):
+    line = "vssm validate: argument --checkpoint: expected a value, got '--'"
+    assert failure(capsys, "validate", "--checkpoint=--") == (2, line)
+
+
 @pytest.mark.parametrize("value", ["0", "-3", "x", "1.5", "3000000000"])
 def test_batch_size_must_be_positive(capsys, value):
     status, line = failure(capsys, "info", "test_vim", f"--batch-size={value}")

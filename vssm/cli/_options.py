@@ -48,7 +48,7 @@ class Parser(argparse.ArgumentParser):
             argv: Command line without the command.
 
         Raises:
-            UsageError: An option is unknown.
+            UsageError: An option is unknown, or its value is ``--``.
         """
         for token in argv:
             if token == "--":
@@ -56,6 +56,8 @@ class Parser(argparse.ArgumentParser):
             name = token.partition("=")[0]
             if name.startswith("--") and name not in self._option_string_actions:
                 raise UsageError(f"unknown option {name}{nearest(name, self._option_string_actions)}")
+            if token == f"{name}=--":  # of which argparse makes an empty list
+                raise UsageError(f"argument {name}: expected a value, got '--'")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
