@@ -2,7 +2,10 @@
 
 import importlib.util
 import json
-from collections.abc import Callable, Sequence
+import logging
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -124,16 +127,29 @@ def _program(network: nn.Module, classifier: Classifier, setting: ExportSetting)
         sizes |= dict.fromkeys((2, 3), Dim.DYNAMIC(min=1, max=setting.largest))
     # Of attention, torch's own operators: what the fused ones return is laid out as others need not.
     try:
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH), _silent_logs():
             program = torch.export.export(
                 network, (_images(classifier, batch=2),), dynamic_shapes=(sizes,), strict=setting.largest is not None
             )
             return decompose(program) if setting.format == "onnx" or setting.decompose else program
     except (UserError, TorchRuntimeError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(
-            f"export: {classifier.spec.model} cannot be written for images of any size: {reason}"
-        ) from error
+        constant = re.search(r"to be a constant \((\d+)\)", str(error))
+        reason = (
+            f"its code takes {constant[1]} pixels for granted" if constant else str(error).strip().partition("\n")[0]
+        )
+        sizes = "" if setting.largest is None else " for images of any size"
+        raise ValueError(f"export: {classifier.spec.model} cannot be written{sizes}: {reason}") from error
+
+
+@contextmanager
+def _silent_logs() -> Iterator[None]:
+    """Keeps torch from logging the traceback of a failure, which is told in a line."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _images(classifier: Classifier, *, batch: int, size: tuple[int, int] | None = None) -> Tensor:
@@ -142,19 +158,25 @@ def _images(classifier: Classifier, *, batch: int, size: tuple[int, int] | None 
 
 
 def _write_onnx(program: ExportedProgram, path: Path, description: dict[str, Any]) -> dict[str, Any]:
-    dims = {0: "batch"} if description["largest_side"] is None else {0: "batch", 2: "height", 3: "width"}
     maps = description["features"] is not None
     outputs = [f"map{i}" for i in range(len(program.graph_signature.user_outputs))] if maps else ["logits"]
-    written = torch.onnx.export(
-        program,
-        dynamo=True,
-        dynamic_shapes=(dims,),
-        input_names=["images"],
-        output_names=outputs,
-        external_data=False,
-        optimize=False,
-        verbose=False,
-    )
+    any_size = description["largest_side"] is not None
+    try:
+        written = torch.onnx.export(
+            program,
+            dynamo=True,
+            dynamic_shapes=({0: "batch", 2: "height", 3: "width"} if any_size else {0: "batch"},),
+            input_names=["images"],
+            output_names=outputs,
+            external_data=False,
+            optimize=False,
+            verbose=False,
+        )
+    except torch.onnx.errors.OnnxExporterError as error:
+        operator = re.search(r"target=torch\.ops\.([\w.]+)", str(error))
+        reason = f"its exporter does not take {operator[1]} as it is used there" if operator else str(error)
+        sizes = " for images of any size" if any_size else ""
+        raise ValueError(f"export: {description['model']} cannot be written as ONNX{sizes}: {reason}") from error
     assert written is not None, "it is with dynamo=True"
     _tidy(written.model)
     written.model.metadata_props.update({key: json.dumps(value) for key, value in description.items()})
