@@ -312,7 +312,7 @@ def photo(tmp_path):
         (["--what", "erf", "--count", "2"], "test_vim, random weights: half of the field within "),
         (["--what", "cam", "--num-classes", "4", "--class", "3"], "Grad-CAM at blocks.0 of 3 ("),
         (["--what", "cam", "--class", "7"], "Grad-CAM at blocks.0 of cock ("),
-        (["--what", "decay", "--block", "2", "--token", "1,2"], "less than half left after "),
+        (["--what", "decay", "--block", "2", "--token", "1,2"], "half-life in steps, by direction: "),
         (["--what", "path", "--block", "2"], "test_vim, block 2, 2 direction(s)"),
     ],
 )

@@ -160,8 +160,8 @@ def _draw_decay(args: argparse.Namespace) -> str:
     record = draw_decay(
         args.output, sight, paths, token=args.token, title=f"{classifier.spec.model}, block {block}, {sight.name}"
     )
-    lives = ["not on this path" if each is None else f"{each} step(s)" for each in record["half_life"]]
-    return f"less than half left after {', '.join(lives)}"
+    lives = ("beyond the path" if each is None else str(each) for each in record["half_life"])
+    return f"half-life in steps, by direction: {', '.join(lives)}"
 
 
 _DRAW = {"order": _draw_order, "path": _draw_path, "erf": _draw_erf, "cam": _draw_cam, "decay": _draw_decay}
