@@ -19,18 +19,18 @@ from vssm_kernels import causal_conv, library  # noqa: F401  they register the o
 from vssm_kernels.scan_call import ScanCall
 
 CHUNK = 8  # steps of a chunk: fewer make more levels of chunks, more make larger graphs
-LEVELS = 8  # of chunks of chunks, at most: enough for 8**8 steps
+LEVELS = 6  # of chunks of chunks, at most: enough for 8**6 steps
 
 
 def decompose(program: ExportedProgram) -> ExportedProgram:
     """Writes each op of the forward pass in operators of torch alone.
 
     Args:
-        program: A program for inference. Dynamic sizes need a max: the levels of chunks are as many as the longest
-            sequence needs.
+        program: A program for inference. Sequences may have CHUNK**LEVELS steps at most; a max of its dynamic sizes
+            spares levels of chunks that are not needed.
 
     Raises:
-        ValueError: If a sequence may be of any length.
+        ValueError: If a sequence is longer.
     """
     # Else sizes that are 1 for the example, such as the number of chunks on some level, would be 1 for good.
     with cast(Any, torch.fx.experimental._config).patch(backed_size_oblivious=True):
@@ -64,26 +64,25 @@ def linear_scan(decay: Tensor, source: Tensor, *, levels: int = LEVELS) -> Tenso
     Args:
         decay: (t, ...), from 0 to 1; that of the first step is not used.
         source: (t, ...).
-        levels: Levels of chunks that there may be.
+        levels: Levels of chunks that there may be; a length that is a symbol without a bound has all of them.
 
     Returns:
         h, (t, ...).
 
     Raises:
-        ValueError: If t is a symbol of which it is not known that so many levels suffice.
+        ValueError: If there are more steps than so many levels can take.
     """
-    if levels == 0:
-        raise ValueError(
-            f"linear_scan: expected at most {CHUNK**LEVELS} steps, got a length without such a bound; give the "
-            "dynamic sizes of the program a max"
-        )
     steps = source.shape[0]
-    decays, sources = (_in_chunks(each).split(1, dim=1) for each in (decay, source))
+    if statically_known_true(steps > CHUNK**levels):
+        raise ValueError(f"linear_scan: expected at most {CHUNK**levels} steps, got {steps}")
+    last = levels == 1 or statically_known_true(_chunks(steps) == 1)
+    chunks = 1 if last else _chunks(steps)
+    decays, sources = (_padded(each).unflatten(0, (chunks, CHUNK)).split(1, dim=1) for each in (decay, source))
     states = [sources[0]]
     for each, added in zip(decays[1:], sources[1:], strict=True):
         states.append(each * states[-1] + added)
     h = torch.cat(states, dim=1)
-    if not statically_known_true(_chunks(steps) == 1):
+    if not last:
         across = [decays[0]]  # decay from the chunk before to each step
         for each in decays[1:]:
             across.append(each * across[-1])
@@ -92,11 +91,6 @@ def linear_scan(decay: Tensor, source: Tensor, *, levels: int = LEVELS) -> Tenso
         h = h + torch.cat(across, dim=1) * before[:, None]
     h = h.flatten(0, 1)
     return h if statically_known_true(h.shape[0] == steps) else h.narrow(0, 0, steps)
-
-
-def _in_chunks(rows: Tensor) -> Tensor:
-    """Rows (t, ...) as (chunks, CHUNK, ...), with zeros at the end."""
-    return _padded(rows).unflatten(0, (_chunks(rows.shape[0]), CHUNK))
 
 
 def _padded(rows: Tensor) -> Tensor:

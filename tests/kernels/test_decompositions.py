@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from scan_cases import TOLERANCE, random_case, relative_error
 from vssm_kernels import causal_conv, directional_scan, directional_scan_ref
-from vssm_kernels.decompositions import CHUNK, PLAIN, decompose, linear_scan
+from vssm_kernels.decompositions import CHUNK, LEVELS, PLAIN, decompose, linear_scan
 
 
 class Plain(TorchDispatchMode):
@@ -91,10 +91,18 @@ def test_programs_of_any_length_up_to_a_bound():
         torch.testing.assert_close(program.module()(rows), Scan()(rows))
 
 
-def test_lengths_without_bounds_are_refused():
+def test_programs_of_lengths_without_a_bound():
     program = torch.export.export(Scan(), (torch.randn(2, 20, 3),), dynamic_shapes=({1: torch.export.Dim.DYNAMIC},))
-    with pytest.raises(ValueError, match="length without such a bound"):
-        decompose(program)
+    program = decompose(program)
+    for steps in (2, 200, CHUNK**4 + 1):
+        rows = torch.randn(2, steps, 3)
+        torch.testing.assert_close(program.module()(rows), Scan()(rows))
+
+
+def test_sequences_that_are_too_long_are_refused():
+    rows = torch.ones(1).expand(CHUNK**LEVELS + 1)
+    with pytest.raises(ValueError, match=f"at most {CHUNK**LEVELS} steps, got {CHUNK**LEVELS + 1}"):
+        linear_scan(rows, rows)
 
 
 @pytest.mark.parametrize("activation", [False, True])
