@@ -302,10 +302,11 @@ class _Launch:
 
     def _switches(self) -> dict[str, Any]:
         call, config = self.call, self.config
-        dt = call.dt if call.tokens_last else _last_contiguous(call.dt)
+        # Parameter rows: also those of a chained scan are not counted as visits.
+        dt = self._map(call.dt) if call.tokens_last else _rows(_last_contiguous(call.dt))
         return {
             **self._map(call.x).arguments("x"),
-            **(self._map(dt) if call.tokens_last else _rows(dt)).arguments("dt"),
+            **dt.arguments("dt"),
             "weight": self.none if call.dt_weight is None else call.dt_weight.contiguous(),
             "bias": self.none if call.dt_bias is None else call.dt_bias.contiguous(),
             "A": self.A,
@@ -321,7 +322,7 @@ class _Launch:
             "rank": self.rank,
             "unaligned": 0,
             "LOW_RANK": call.dt_weight is not None,
-            "TWO_A_WORD": _two_a_word(dt, self.rank),
+            "TWO_A_WORD": _two_a_word(dt.tensor, self.rank),
             "RANKS": max(16, _power_of_two(self.rank)),
             "HALF_DOT": call.dt.dtype == torch.float16
             or (call.dt.dtype == torch.bfloat16 and _bfloat16_products(call.x.device)),
