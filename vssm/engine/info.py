@@ -13,8 +13,6 @@ from vssm.engine.zoo import count_parameters, create_by_name, input_size
 from vssm.pruning import Schedule
 from vssm_kernels.library import step_product_flops
 
-_Flops = dict[str, dict]
-
 
 class Counts(NamedTuple):
     """What is counted of a part of a model.
@@ -159,16 +157,16 @@ def count_parts(model: nn.Module, images: torch.Tensor) -> dict[str, Counts]:
 
 def _count_operations(model: nn.Module, images: torch.Tensor) -> dict[str, Counts]:
     """Counts, but for parameters, by the path of the module that was called."""
-    flops = _count_flops(model, images, {})
-    steps = _count_flops(model, images, {torch.ops.vssm.scan: _step_product_flops})
-    written = _count_flops(model, images, dict.fromkeys(flop_registry, _written_elements))
-    return {path: _split(flops[path], steps[path], written[path]) for path in flops}
-
-
-def _count_flops(model: nn.Module, images: torch.Tensor, formulas: dict) -> _Flops:
-    with FlopCounterMode(display=False, custom_mapping=formulas) as counter, torch.no_grad():
+    formulas: list[dict] = [
+        {},
+        {torch.ops.vssm.scan: _step_product_flops},
+        dict.fromkeys(flop_registry, _written_elements),
+    ]
+    counters = [FlopCounterMode(display=False, custom_mapping=each) for each in formulas]
+    with counters[0], counters[1], counters[2], torch.no_grad():
         model(images)
-    return {"Global": {}, **counter.get_flop_counts()}
+    flops, steps, written = ({"Global": {}, **counter.get_flop_counts()} for counter in counters)
+    return {path: _split(flops[path], steps[path], written[path]) for path in flops}
 
 
 def _step_product_flops(x, dt, A, B, C, D, dt_weight, *_: object, **__: object) -> int:
