@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 IN_VENV := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 
-.PHONY: help demo gallery test test-mm clean
+.PHONY: help demo docs gallery test test-mm clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    create $(VENV), install vssm, train a small model on real digits and show what it sees"
 	@echo "make gallery trains two small models on the digits and draws the pictures of model_cards/gallery.md"
+	@echo "make docs    builds the documentation as a site in docs/_build, with warnings as errors"
 	@echo "make test    create $(VENV), install what checks need, run all checks (tools/ci.sh)"
 	@echo "make test-mm adds mmdetection and mmsegmentation to $(VENV) and runs the tests that need them"
 	@echo "make clean   remove $(VENV) and what builds leave behind"
@@ -19,6 +20,10 @@ demo: $(VENV)/installed-demo
 
 gallery: $(VENV)/installed-demo
 	@$(IN_VENV) python tools/gallery.py
+
+docs: $(VENV)/installed-docs
+	@$(IN_VENV) sphinx-build --fail-on-warning --keep-going --quiet -c docs . docs/_build
+	@echo "docs/_build/index.html; to look at it in a browser: $(VENV)/bin/python -m http.server -d docs/_build"
 
 test: $(VENV)/installed-dev
 	@$(IN_VENV) tools/ci.sh
@@ -41,4 +46,4 @@ $(VENV)/bin/python:
 	@$(PYTHON) -m venv $(VENV) && $@ -m pip install --quiet --upgrade pip || { rm -rf $(VENV); exit 1; }
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist docs/_build docs/generated *.egg-info

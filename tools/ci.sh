@@ -48,6 +48,11 @@ for package in (vssm, vssm_kernels):
     )
 }
 
+# Links between pages, to files and to headings are checked by it, and every docstring of the reference.
+build_documentation() {
+    sphinx-build --fail-on-warning --keep-going --quiet -c docs . "$scratch/documentation"
+}
+
 fast_tests() {
     python -m pytest -q -n 2 -m "not gpu and not slow" "$@"
 }
@@ -59,6 +64,7 @@ run "import contracts" lint-imports
 run "copied code" pylint --disable=all --enable=duplicate-code --min-similarity-lines=8 vssm kernels/vssm_kernels tests
 run "wheel: build" build_wheel
 run "wheel: install in an empty environment" try_wheel
+run "documentation" build_documentation
 run "kernels compile for every GPU" fast_tests tests/kernels/test_compile*.py
 TRITON_INTERPRET=1 run "kernel tests, Triton interpreted" fast_tests tests/kernels
 run "tests" fast_tests --ignore=tests/kernels
