@@ -33,11 +33,13 @@ def small_config(path, root, work_dir, *, model_name=None):
 
     cfg = Config.fromfile(path)
     cfg.model.backbone.update(pretrained=False, drop_path_rate=0.0)  # a dropped branch would learn nothing
+    if cfg.model.backbone.model_name == "resnet50":
+        cfg.model.backbone.zero_init_last = False  # nor would one that starts with a factor of zero
     detection = path.parent.name == "mmdet"
     if model_name is not None:
         cfg.model.backbone.model_name = model_name
         dims = [info["num_chs"] for info in vssm.create_model(model_name).feature_info]
-        if detection:
+        if "neck" in cfg.model:
             _set_channels(cfg.model, [dims[i] for i in cfg.model.backbone.get("out_indices", range(len(dims)))])
         else:
             cfg.model.decode_head.in_channels, cfg.model.auxiliary_head.in_channels = dims, dims[2]
@@ -54,6 +56,9 @@ def small_config(path, root, work_dir, *, model_name=None):
             filter_cfg={"filter_empty_gt": True, "min_size": 8},
         )
         cfg.val_evaluator.ann_file = f"{root}/annotations/instances_train2017.json"
+    else:
+        folders = {"img_path": "images/training", "seg_map_path": "annotations/training"}
+        dataset.update(data_prefix=folders, reduce_zero_label=True)
     cfg.val_dataloader = cfg.test_dataloader = cfg.val_cfg = cfg.test_cfg = None
     cfg.val_evaluator = cfg.test_evaluator = None
     cfg.train_cfg = {"type": "IterBasedTrainLoop", "max_iters": 1}
@@ -80,7 +85,7 @@ def _shrink(cfg):
                 part[key] = value
         if "sampler" in part and "num" in part["sampler"]:
             part["sampler"]["num"] = 16
-        if part.get("num_classes") == 80:
+        if part.get("num_classes") in (3, 80):
             part["num_classes"] = 10
     if "size" in cfg.model.get("data_preprocessor", {}):
         cfg.model.data_preprocessor.size = (64, 64)
@@ -91,6 +96,8 @@ def _shrink(cfg):
             step["scale"] = SIZE[::-1]
         if "scales" in step:
             step["scales"] = [SIZE[::-1]]
+        if step.get("type") == "Pad" and "size" in step:
+            step["size"] = SIZE[::-1]
         if step.get("type") == "RandomCrop":
             step["crop_size"] = (64, 64)
 

@@ -1,6 +1,7 @@
 """Our backbones in mmdetection and mmsegmentation; runs where the extra ``mm`` is installed."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -145,6 +146,21 @@ def test_layer_decay_lowers_the_rates_of_earlier_blocks():
         build_optim_wrapper(detector, {**wrapper, "paramwise_cfg": {"layer_decay": 2.0}})
 
 
+def test_layers_of_a_model_that_names_no_undecayed_weights():
+    backbone = _build(model_name="test_convnext")
+    from mmengine.optim import build_optim_wrapper
+
+    wrapper = {
+        "constructor": "VSSMLayerDecay",
+        "type": "OptimWrapper",
+        "optimizer": {"type": "AdamW", "lr": 0.1, "weight_decay": 0.5},
+        "paramwise_cfg": {"layer_decay": 1.0},
+    }
+    optimizer = build_optim_wrapper(nn.ModuleDict({"backbone": backbone}), wrapper).optimizer
+    decays = {each.ndim > 1: group["weight_decay"] for group in optimizer.param_groups for each in group["params"]}
+    assert decays == {True: 0.5, False: 0.0}
+
+
 def _random_boxes(count):
     corners = torch.rand(count, 2) * 80
     return torch.cat([corners, corners + 5 + torch.rand(count, 2) * 40], dim=1)
@@ -261,6 +277,32 @@ def test_a_recipe_trains_saves_resumes_and_predicts(name, coco, ade, tmp_path):
     model = init(predicting, str(file), device="cpu")
     for key, value in model.backbone.state_dict().items():
         torch.testing.assert_close(value, runner.model.backbone.state_dict()[key])
+
+
+def test_what_a_run_reached_is_recorded(ade, tmp_path, monkeypatch, capsys):
+    name = "mmseg/fpn_vmamba-tiny-s1l8_camvid-320x240.py"
+    ours()
+    from mmengine.config import Config
+
+    cfg = small_config(CONFIGS / name, ade, tmp_path / "work", model_name="test_vmamba")
+    whole = Config.fromfile(CONFIGS / name)
+    cfg.test_dataloader, cfg.test_evaluator, cfg.test_cfg = whole.test_dataloader, whole.test_evaluator, whole.test_cfg
+    folders = {"img_path": "images/validation", "seg_map_path": "annotations/validation"}
+    cfg.test_dataloader.dataset.update(data_root=str(ade), data_prefix=folders, reduce_zero_label=True)
+    cfg.test_dataloader.update(num_workers=0, batch_size=1)
+    runner, _ = train_one_step(cfg)
+    tool = runpy.run_path(str(CONFIGS.parent / "tools" / "dense_results.py"))
+    with pytest.raises(ValueError, match="expected metrics of a validation or a test, got none; run the test first"):
+        tool["read_run"](tmp_path / "work")
+    metrics = runner.test()
+    monkeypatch.setattr(sys, "argv", ["", str(tmp_path / "work"), "--results", str(tmp_path / "dense.json")])
+    capsys.readouterr()
+    tool["main"]()
+    assert "mIoU" in capsys.readouterr().out.splitlines()[0]
+    (record,) = json.loads((tmp_path / "dense.json").read_text())
+    assert record["mIoU"] == pytest.approx(metrics["mIoU"])
+    setting = {"config": Path(name).stem, "model": "test_vmamba", "seed": 0, "iterations": 1}
+    assert {key: record[key] for key in setting} == setting
 
 
 @pytest.mark.slow

@@ -56,5 +56,6 @@ def _scales_and_undecayed(module: nn.Module, decay: float) -> tuple[dict[str, fl
             layers: Any = group_parameters(backbone.model, backbone.model.group_matcher())
             count = max(layers) + 1
             scales |= {prefix + name: decay ** (count - layer) for layer, names in layers.items() for name in names}
-            undecayed |= {prefix + name for name in backbone.model.no_weight_decay()}
+            of_model = getattr(backbone.model, "no_weight_decay", tuple)()  # some models of timm name none
+            undecayed |= {prefix + name for name in of_model}
     return scales, undecayed
