@@ -44,7 +44,7 @@ html_theme = "furo"
 html_title = "vssm"
 html_favicon = "static/icon.svg"
 html_static_path = ["static"]
-html_extra_path = ["static/index.html"]
+html_extra_path = ["root"]
 html_css_files = ["pages.css"]
 html_copy_source = False
 html_show_sourcelink = False
@@ -56,6 +56,12 @@ html_theme_options = {
 }
 
 
+def skip_field(app: Sphinx, what: str, name: str, member: object, skip: bool, options: object) -> bool | None:
+    """Leaves out the fields of named tuples, which the docstring of the class describes."""
+    return True if (getattr(member, "__doc__", None) or "").startswith("Alias for field number") else None
+
+
 def setup(app: Sphinx) -> None:
     """Has the generated pages written before Sphinx looks for pages."""
     app.connect("builder-inited", lambda app: generate.write_pages(Path(app.srcdir)))
+    app.connect("autodoc-skip-member", skip_field)

@@ -110,7 +110,7 @@ def _of_kind(kind: Kind, paths: list[Path], *, folder: Path, links: str) -> Iter
                 picture = f"{path.stem}_{number}.svg"
                 kind.plot(folder / picture, together)
                 says = f"{kind.heading}, {setting}; the table has the numbers"
-                yield f":::{{image}} {picture}\n:alt: {says}\n:class: plot\n:::\n"
+                yield f":::{{container}} plot\n![{says}]({picture})\n:::\n"
             yield _table(together, kind.columns)
             yield f"{_measured(together[0])} ([record]({links}/{path.name})).\n"
 
