@@ -62,7 +62,8 @@ train_dataloader = dict(
         pipeline=[
             dict(type="LoadImageFromFile"),
             dict(type="LoadAnnotations"),
-            dict(type="RandomResize", scale=(width, height), ratio_range=(0.75, 1.5), keep_ratio=True),
+            # Never smaller than a crop: a network whose biases start at zero has gradients of 1e10 where it sees padding.
+            dict(type="RandomResize", scale=(width, height), ratio_range=(1.0, 1.75), keep_ratio=True),
             dict(type="RandomCrop", crop_size=(height, width), cat_max_ratio=0.75),
             dict(type="RandomFlip", prob=0.5),
             dict(type="PhotoMetricDistortion"),
@@ -70,6 +71,7 @@ train_dataloader = dict(
         ],
     ),
 )
+test_pipeline = [dict(type="LoadImageFromFile"), dict(type="LoadAnnotations"), dict(type="PackSegInputs")]
 val_dataloader = dict(
     batch_size=16,
     num_workers=2,
@@ -77,7 +79,7 @@ val_dataloader = dict(
     dataset=dict(
         **dataset,
         data_prefix=dict(img_path="images/val", seg_map_path="annotations/val"),
-        pipeline=[dict(type="LoadImageFromFile"), dict(type="LoadAnnotations"), dict(type="PackSegInputs")],
+        pipeline=test_pipeline,
     ),
 )
 test_dataloader = val_dataloader
