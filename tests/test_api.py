@@ -26,7 +26,9 @@ NAMES = {
         "selective_scan selective_scan_ref use_backend"
     ),
 }
-COMMANDS = "benchmark convert demo detect doctor export info list predict prune segment train tune validate visualize"
+COMMANDS = (
+    "benchmark card convert demo detect doctor export info list predict prune segment train tune validate visualize"
+)
 ORDERS = "alternating atrous bidirectional column cross cross_rest row snake window"
 
 

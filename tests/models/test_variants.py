@@ -61,6 +61,7 @@ PARAMETERS = {
     "mambayolo_base": 10_550_752,
     "mambayolo_large": 33_332_248,
 }
+WITHOUT_GATE = {"vim2_tiny": 19_698_399, "vim2_small": 35_822_844, "vim2_base": 61_623_708}  # as the card has them
 VARIANTS = [name for name in vssm.list_models() if not name.startswith("test_")]
 
 
@@ -75,6 +76,13 @@ def test_parameter_count(variant):
     count = sum(parameter.numel() for parameter in model.parameters())
     published = PARAMETERS[name]
     assert count == published if isinstance(published, int) else round(count / 1e6, 3) == published
+
+
+@pytest.mark.parametrize("name", WITHOUT_GATE)
+def test_parameter_count_without_gate(name):
+    with torch.device("meta"):
+        model = vssm.create_model(name, gate=False)
+    assert sum(parameter.numel() for parameter in model.parameters()) == WITHOUT_GATE[name]
 
 
 def test_default_configuration(variant):
