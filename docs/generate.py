@@ -171,10 +171,10 @@ def _op_size(record: dict[str, Any]) -> str:
 
 
 def _plot_loader(path: Path, records: Records) -> None:
-    bars = [
-        Bar(record["loader"], *(record[f"images_per_s{end}"] for end in ("", "_p10", "_p90")), record["package"])
-        for record in records
-    ]
+    bars = []
+    for record in records:
+        value, low, high = (record[f"images_per_s{end}"] for end in ("", "_p10", "_p90"))
+        bars.append(Bar(record["loader"], value, low, high, record["package"]))
     bar_plot(path, {"": bars}, groups=("vssm", "timm"), xlabel="images per second", title=_loader_setting(records[0]))
 
 

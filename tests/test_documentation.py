@@ -30,7 +30,7 @@ REASONS = {
     "needs an authors' checkpoint",
     "needs the extra mm",
 }
-MOST_NOT_RUN = 16
+MOST_NOT_RUN = 18
 CODE = ("python", "bash")
 _FENCE = re.compile(
     r"^(?:<!-- not run: (?P<reason>[^\n]+?) -->\n)?```(?P<language>[^\n`]*)\n(?P<code>.*?)^```$",
