@@ -19,6 +19,7 @@ NAMES = {
         "ALIGNMENTS BlockTrace CONVOLUTIONS METHODS Policy Reduction SCORES Schedule Score TokenMap TokenReducer "
         "count_kept read_schedule"
     ),
+    "vssm.quantization": "Quantized compact count_int8 fold_hadamard quantize restore",
     "vssm.scan_order": "gather local_order restrict scan_moves scan_order scatter",
     "vssm.yolo": "MambaYoloDetector MambaYoloNeck Objects YoloHead",
     "vssm_kernels": (
@@ -27,7 +28,8 @@ NAMES = {
     ),
 }
 COMMANDS = (
-    "benchmark card convert demo detect doctor export info list predict prune segment train tune validate visualize"
+    "benchmark card convert demo detect doctor export info list predict prune quantize segment train tune validate "
+    "visualize"
 )
 ORDERS = "alternating atrous bidirectional column cross cross_rest row snake window"
 

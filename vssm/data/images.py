@@ -82,6 +82,29 @@ class JoinedImages(LabelledImages):
         return self._parts[which], index - (self._ends[which - 1] if which else 0)
 
 
+class SomeImages(LabelledImages):
+    """Some of the images of a data set.
+
+    Args:
+        images: All of them.
+        chosen: Places of those that are meant.
+    """
+
+    def __init__(self, images: LabelledImages, chosen: Sequence[int]) -> None:
+        targets = [images.targets[place] for place in chosen]
+        super().__init__(source=images.source, classes=images.classes, targets=targets)
+        self._images = images
+        self._chosen = tuple(chosen)
+
+    def load(self, index: int, *, channels: int) -> Image.Image:
+        """Reads an image to 1 (grey) or 3 (colour) channels; raises `UnreadableImage`."""
+        return self._images.load(self._chosen[index], channels=channels)
+
+    def name(self, index: int) -> str:
+        """What the data set calls it."""
+        return self._images.name(self._chosen[index])
+
+
 class ImageFiles(LabelledImages):
     """Images in files.
 

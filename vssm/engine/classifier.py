@@ -19,6 +19,7 @@ import vssm
 from vssm import checkpoint
 from vssm.data.labels import imagenet_synsets
 from vssm.data.loaders import InputConfig
+from vssm.quantization import restore
 
 _IMAGENET_CLASSES = 1000
 _Spec = TypeVar("_Spec", bound="ModelSpec")
@@ -143,7 +144,8 @@ def load(path: str | os.PathLike, *, model: str | None = None, options: dict[str
     """Loads a checkpoint into the model it was made with.
 
     Args:
-        path: Weights; when ``vssm train`` wrote them, the file of the same name ending in .json describes the model.
+        path: Weights; when ``vssm train`` or ``vssm quantize`` wrote them, the file of the same name ending in .json
+            describes the model.
         model: Name of the model, for weights without such a file.
         options: Settings of `ModelSpec` that differ from the description's or the model's own.
 
@@ -166,6 +168,7 @@ def load(path: str | os.PathLike, *, model: str | None = None, options: dict[str
     spec = replace(base.with_options(options or {}), pretrained=False)
     names = known.get("classes")
     classifier = build(spec, classes=names if names and spec.num_classes in (None, base.num_classes) else None)
+    restore(classifier.model, weights)
     checkpoint.load(classifier.model, weights)
     classifier.model.eval()
     return classifier

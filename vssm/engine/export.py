@@ -21,6 +21,7 @@ from vssm.engine.classifier import Classifier
 from vssm.engine.timing import measure_time
 from vssm.files import atomic_path
 from vssm.models._base import TokenBackbone
+from vssm.quantization import count_int8
 from vssm_kernels.decompositions import decompose
 
 FORMATS = ("onnx", "pt2")
@@ -71,9 +72,11 @@ def export(classifier: Classifier, path: Path, setting: ExportSetting) -> dict[s
         their own runs also the times in milliseconds of one image there and in torch.
 
     Raises:
-        ValueError: A package is missing, the model cannot be written for images of any size, or the file computes
-            something else than the model. There is no file then.
+        ValueError: A package is missing, the model is quantised or cannot be written for images of any size, or the
+            file computes something else than the model. There is no file then.
     """
+    if layers := count_int8(classifier.model):
+        raise ValueError(f"export: expected weights in float, got {layers} layers in integers; export those before")
     if setting.format == "onnx":
         check_packages()
     if setting.largest is not None and isinstance(classifier.model, TokenBackbone):

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vssm.layers.group_linear import DirectionLinear
 from vssm_kernels import directional_scan
 
 
@@ -42,7 +43,7 @@ class SelectiveSSM(nn.Module):
         self.d_state = d_state
         self.dt_rank = dt_rank
         self.directions = directions
-        self.x_proj = nn.Linear(d_inner, directions * (dt_rank + 2 * d_state), bias=False)
+        self.x_proj = DirectionLinear(d_inner, directions * (dt_rank + 2 * d_state), directions=directions)
         self.dt_weight = nn.Parameter(torch.empty(directions, d_inner, dt_rank))
         self.dt_bias = nn.Parameter(torch.empty(directions, d_inner))
         self.A_log = nn.Parameter(torch.empty(directions, d_inner, d_state))
@@ -117,12 +118,7 @@ class SelectiveSSM(nn.Module):
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Step dt (b, l, k, r), B and C (b, l, k, n) of tokens (b, l, d) or (b, l, k, d)."""
-        if x.ndim == 3:
-            projected = self.x_proj(x).unflatten(-1, (self.directions, -1))
-        else:
-            weight = self.x_proj.weight.unflatten(0, (self.directions, -1))  # (k, r + 2n, d)
-            projected = torch.einsum("blkd,kcd->blkc", x, weight)
-        dt, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         return dt, B, C
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import ClassifierHead, ConvNormAct, Mlp, trunc_normal_
+from timm.layers import ClassifierHead, ConvNormAct, Mlp
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -27,6 +27,7 @@ from vssm.layers.block import MixerFfnBlock, MixerMlpBlock
 from vssm.layers.conv import TokenConv
 from vssm.layers.downsample import ConvDownsample
 from vssm.layers.ffn import ConvFFN
+from vssm.layers.group_linear import GroupLinear
 from vssm.layers.init import init_linear_layers
 from vssm.layers.squeeze_excite import TokenSqueezeExcite
 from vssm.layers.ssm import SelectiveSSM
@@ -37,25 +38,6 @@ from vssm.scan_order import scan_order
 
 _GROUPS = 4  # one for each direction of the cross scan
 _norm = partial(nn.LayerNorm, eps=1e-6)  # around mixers; inside, and in stem and downsampling, it is PyTorch's 1e-5
-
-
-class GroupLinear(nn.Module):
-    """A linear layer without bias for each group of channels.
-
-    Args:
-        groups: Number of groups k.
-        dim: Channels of a group before.
-        dim_out: Channels of a group after.
-    """
-
-    def __init__(self, groups: int, dim: int, dim_out: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(groups, dim_out, dim))
-        trunc_normal_(self.weight, std=0.02)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps tokens (b, l, k, dim) to (b, l, k, dim_out)."""
-        return torch.einsum("blkd,ked->blke", x, self.weight)
 
 
 class TokenGroupNorm(nn.GroupNorm):
