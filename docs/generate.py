@@ -19,6 +19,7 @@ from vssm.files import atomic_path
 Records = list[dict[str, Any]]
 _COLUMNS = 88  # of a help text, so that it fits a page
 _OURS = ("directional_scan", "selective_scan")
+_SIZES = ("b", "k", "heads", "d", "e", "n", "l", "h", "w", "window", "dilation")  # of scans and of attention
 
 
 def write_pages(root: Path) -> None:
@@ -148,7 +149,7 @@ def _plot_models(path: Path, records: Records) -> None:
 
 
 def _plot_op(path: Path, records: Records) -> None:
-    """Bars of both passes of the scan, its rivals beside it at every size."""
+    """Bars of the forward pass and of both, rivals beside each other at every size."""
     sizes = [list(group) for _, group in itertools.groupby(records, _op_size)]
     panels = {
         heading: [bar for group in sizes for bar in _op_bars(group, phase)]
@@ -167,7 +168,7 @@ def _op_bars(records: Records, phase: str) -> Iterator[Bar]:
 
 
 def _op_size(record: dict[str, Any]) -> str:
-    return ", ".join(f"{key} = {record[key]}" for key in ("b", "k", "d", "n", "l"))
+    return ", ".join(f"{key} = {record[key]}" for key in _SIZES if key in record)
 
 
 def _plot_loader(path: Path, records: Records) -> None:
@@ -219,12 +220,12 @@ _KINDS = (
     ),
     Kind(
         prefix="op_",
-        heading="The scan alone",
-        says="By `vssm benchmark --op`. b is the batch, k the directions, d the width, n the states, l the tokens; "
-        "`loop` goes over tokens in torch.",
+        heading="Ops alone",
+        says="By `vssm benchmark --op`. Of scans b is the batch, k the directions, d the width, n the states, l the "
+        "tokens; `loop` goes over tokens in torch.",
         columns={
             "op": "op",
-            **{key: key for key in ("b", "k", "d", "n", "l")},
+            **{key: key for key in _SIZES},
             "forward_ms": "forward, ms",
             "backward_ms": "backward, ms",
             "forward_backward_ms": "both, ms",
