@@ -16,9 +16,10 @@ from vssm.engine.zoo import family_of
 from vssm.yolo import MambaYoloDetector
 
 # Keys that tell the records of a command from those of others.
+_ALWAYS = {"model", "img_size", "params_m", "latency_ms", "device", "device_name", "cpu_threads", "date", "git_commit"}
 _KINDS = {
-    "benchmark": {"model", "params_m", "latency_ms", "batch_size", "images_per_s", "device_name"},
-    "export": {"model", "format", "file_mib", "error_over_peak", "latency_ms", "torch_latency_ms", "device_name"},
+    "benchmark": _ALWAYS | {"batch_size", "images_per_s"},
+    "export": _ALWAYS | {"format", "file_mib", "error_over_peak", "torch_latency_ms", "load_average", "cores"},
 }
 _USUAL_BACKEND = {"cuda": "triton", "cpu": "cpu"}  # of records that do not say which computed the scan
 _DETECTOR_SIZE = 640
