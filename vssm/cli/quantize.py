@@ -76,7 +76,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=positive_int, default=64, metavar="N", help="images per step")
     parser.add_argument("--workers", type=count, default=0, metavar="N", help="processes that read images")
     parser.add_argument("--threads", type=positive_int, help="CPU threads; as many as cores by default")
-    parser.add_argument("--repeats", type=repeats, default=20, help="timed calls with one image; the median is kept")
+    parser.add_argument(
+        "--repeats",
+        type=repeats,
+        default=20,
+        help="timed calls with one image, in each of three turns; the median is kept",
+    )
     add_data_arguments(parser)
     add_model_arguments(parser.add_argument_group("model", "None given: as the checkpoint or the model itself says"))
 

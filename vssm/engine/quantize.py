@@ -4,8 +4,9 @@ import copy
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from vssm.data.images import SomeImages
 from vssm.data.loaders import Batch, ReadingCheck, eval_loader
 from vssm.engine.classifier import Classifier, load, save
 from vssm.engine.evaluate import evaluate, open_for
-from vssm.engine.timing import measure_time
+from vssm.engine.timing import measure_by_turns
 from vssm.quantization import compact, quantize
+from vssm_kernels.backend import backend_name
 
 _WARMUP = 3  # calls before the timed ones
 _USUAL = DataOptions()
@@ -37,7 +39,7 @@ class QuantizeSetting:
         hadamard: Transform what ``out_proj`` reads of a scan.
         batch_size: Images per step.
         workers: Processes that read images; 0 to read in this one.
-        repeats: Timed calls with one image.
+        repeats: Timed calls with one image in each of three turns.
     """
 
     device: torch.device
@@ -73,7 +75,8 @@ def quantize_classifier(
         integers, ``int8_percent``, and of those that are not, ``float_percent``, by kinds of modules.
         What came of it: ``top1`` of the file and ``float_top1`` in percent, ``agreement`` (images with the same answer
         of both, in percent) on ``images``; ``bytes`` of the file and ``float_bytes`` of the weights before, and their
-        ratio ``size_percent``; ``latency_ms`` and ``float_latency_ms`` of one image, with percentiles.
+        ratio ``size_percent``; ``latency_ms`` and ``float_latency_ms`` of one image, with percentiles, and the
+        ``scan_backend`` of both.
 
     Raises:
         FileNotFoundError: The data or its training part is not there.
@@ -150,8 +153,9 @@ def _sizes(model: nn.Module, path: Path) -> dict[str, Any]:
 
 def _compare(classifier: Classifier, path: Path, held_out: LabelledImages, setting: QuantizeSetting) -> dict[str, Any]:
     """Accuracy and time of a classifier and of what a file makes of it, and how often they agree."""
+    both = {"float_": classifier, "": load(path)}
     record, answers = {}, []
-    for prefix, each in (("float_", classifier), ("", load(path))):
+    for prefix, each in both.items():
         model, tally = each.model.to(setting.device), _Answers()
         loader = eval_loader(
             held_out,
@@ -162,15 +166,21 @@ def _compare(classifier: Classifier, path: Path, held_out: LabelledImages, setti
         )
         metrics = evaluate(model, loader, source=held_out.source, device=setting.device, tallies=[tally])
         record |= {f"{prefix}{name}": metrics[name] for name in ("top1", "top5", "loss", "correct_top1")}
-        record |= {"images": metrics["images"], **_latency(each, prefix, setting)}
+        record["images"] = metrics["images"]
         answers.append(torch.cat(tally.found))
-    return record | {"agreement": 100 * (answers[0] == answers[1]).double().mean().item()}
+    record["agreement"] = 100 * (answers[0] == answers[1]).double().mean().item()
+    return record | _latencies(both, setting)
 
 
-def _latency(classifier: Classifier, prefix: str, setting: QuantizeSetting) -> dict[str, float]:
-    config, model = classifier.config, classifier.model
+def _latencies(classifiers: Mapping[str, Classifier], setting: QuantizeSetting) -> dict[str, Any]:
+    """Times of one image in each model, under names that begin as those of the models."""
+    config = classifiers[""].config
     images = torch.randn(1, config.channels, config.height, config.width, device=setting.device)
+    calls = {prefix: partial(each.model, images) for prefix, each in classifiers.items()}
     with torch.no_grad():
-        times = measure_time(lambda: model(images), setting.device, warmup=_WARMUP, repeats=setting.repeats)
-    names = {"median": "latency_ms", "p10": "latency_p10_ms", "p90": "latency_p90_ms"}
-    return {prefix + name: times[key] for key, name in names.items()}
+        times = measure_by_turns(calls, setting.device, warmup=_WARMUP, repeats=setting.repeats)
+    record: dict[str, Any] = {"scan_backend": backend_name(setting.device.type)}
+    for prefix, each in times.items():
+        for key, name in (("median", "latency_ms"), ("p10", "latency_p10_ms"), ("p90", "latency_p90_ms")):
+            record[prefix + name] = each[key]
+    return record

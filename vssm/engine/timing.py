@@ -5,9 +5,9 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from statistics import quantiles
+from statistics import median, quantiles
 from typing import Any
 
 import torch
@@ -39,6 +39,28 @@ def measure_time(
     times = _event_times(call, device, repeats, flush=flush) if device.type == "cuda" else _clock_times(call, repeats)
     deciles = quantiles(times, n=10, method="inclusive")
     return {"median": deciles[4], "p10": deciles[0], "p90": deciles[8]}
+
+
+def measure_by_turns(
+    calls: Mapping[str, Callable[[], object]], device: torch.device, *, warmup: int, repeats: int, turns: int = 3
+) -> dict[str, dict[str, float]]:
+    """Times calls that are to be compared by turns, so that what else the machine does meets all of them.
+
+    Args:
+        calls: What is timed, by its name.
+        device: Where it computes, a CUDA device or the CPU.
+        warmup: Calls before, not timed, of each turn.
+        repeats: Timed calls of each turn, at least 2.
+        turns: Of each call.
+
+    Returns:
+        By name, what `measure_time` does, in the median over the turns.
+    """
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in calls}
+    for _ in range(turns):
+        for name, call in calls.items():
+            found[name].append(measure_time(call, device, warmup=warmup, repeats=repeats))
+    return {name: {key: median(each[key] for each in times) for key in times[0]} for name, times in found.items()}
 
 
 def throughput(times: dict[str, float], batch_size: int) -> dict[str, float | int]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 _LEVELS = 127  # of a weight to each side of zero
 _LOWEST, _HIGHEST = -128, 127  # of an input
+_WHOLE = 1.5 * 2**23  # from here on floats are whole numbers, which a sum rounds to; their last byte counts up from 0
 
 
 class Int8Linear(nn.Module):
@@ -79,9 +80,9 @@ class Int8Linear(nn.Module):
 
     def _bytes(self, x: Tensor) -> Tensor:
         """q_x + 128, in unsigned bytes."""
-        rounded = torch.add(self.input_zero.float(), x, alpha=1 / self.input_scale.item()).round_()
-        # By way of signed bytes, which a vector instruction makes of floats; for unsigned ones, there is none.
-        return rounded.clamp_(_LOWEST, _HIGHEST).to(torch.int8).view(torch.uint8).bitwise_xor_(128)
+        zero = self.input_zero.float() + (_WHOLE - _LOWEST)
+        rounded = torch.add(zero, x, alpha=1 / self.input_scale.item()).clamp_(_WHOLE, _WHOLE + _HIGHEST - _LOWEST)
+        return rounded.view(torch.int32).to(torch.uint8)
 
     def _steps(self, x: Tensor) -> Tensor:
         """q_x − z, in float."""
