@@ -93,18 +93,32 @@ def test_onnx_of_every_family_with_any_size(weights, tmp_path, name):
 
 
 def test_record_and_description(weights, tmp_path, capsys):
-    _, options = weights("test_plainmamba", depth=1)
+    model, options = weights("test_plainmamba", depth=1)
     target, results = tmp_path / "model.onnx", tmp_path / "record.json"
     assert main(["export", *options, "--output", str(target), "--results", str(results)]) == 0
     (record,) = json.loads(results.read_text())
     assert record["file_mib"] == pytest.approx(target.stat().st_size / 2**20)
     assert 0 < record["error_over_peak"] < 1e-4
     assert 0 < record["latency_p10_ms"] <= record["latency_ms"] <= record["latency_p90_ms"]
-    assert {"torch_latency_ms", "opset", "onnxruntime", "git_commit"} <= record.keys()
+    assert 0 < record["torch_latency_p10_ms"] <= record["torch_latency_ms"] <= record["torch_latency_p90_ms"]
+    assert record["params_m"] == pytest.approx(sum(each.numel() for each in model.parameters()) / 1e6)
+    assert record["load_average"] >= 0
+    assert {"opset", "onnxruntime", "git_commit", "cpu_threads", "cores", "scan_backend"} <= record.keys()
     described = {each.key: json.loads(each.value) for each in onnx.load(target).metadata_props}
     assert described["model"] == "test_plainmamba"
     assert described["mean"] == pytest.approx([0.485, 0.456, 0.406])
     assert f"opset {record['opset']}" in capsys.readouterr().out
+
+
+def test_benchmark_of_several_models_keeps_records_and_no_files(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    options = ["--model-kwargs", "depth=1", "--img-size", "64", "--format", "pt2", "--decompose", *QUICK]
+    names = ["test_vim", "test_plainmamba"]
+    assert main(["export", *names, *options, "--benchmark", "--results", "records.json"]) == 0
+    records = json.loads((tmp_path / "records.json").read_text())
+    assert [(each["model"], each["img_size"]) for each in records] == [(name, [64, 64]) for name in names]
+    assert [path.name for path in tmp_path.iterdir()] == ["records.json"]
+    assert capsys.readouterr().out.count("MiB\n") == 2
 
 
 def test_features(weights, tmp_path):
@@ -181,3 +195,5 @@ def test_options_that_contradict_each_other(capsys):
     assert "ending in .onnx" in failure(capsys, "test_vim", "--format", "onnx", "--output", "model.pt2")
     assert "--decompose belongs to --format pt2" in failure(capsys, "test_vim", "--decompose")
     assert "expected a model" in failure(capsys)
+    assert "--output belongs to one model, got 2" in failure(capsys, "test_vim", "test_vim2", "--output", "model.onnx")
+    assert "keeps no file, got both" in failure(capsys, "test_vim", "--benchmark", "--output", "model.onnx")
