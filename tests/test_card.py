@@ -10,6 +10,7 @@ import vssm
 from vssm.cli import main
 from vssm.engine.card import SECTIONS, fill, problems
 from vssm.engine.card_blocks import blocks, read_records
+from vssm.engine.export import TOLERANCE
 from vssm.engine.zoo import family_of
 
 ROOT = Path(__file__).parents[1]
@@ -104,6 +105,13 @@ def test_records_are_known_by_what_they_hold(tmp_path):
     assert "Some CPU, 2 threads, 2026-01-02" in exported
     assert "its load was 1.3" in exported
     assert "| `vim_tiny_patch16_224` | 33.1 | 61.0 | 52.0 | 6e-07 |" in exported
+
+
+def test_every_family_was_exported_and_compared():
+    records = [each for each in read_records(RECORDS)["export"] if each["format"] == "onnx"]
+    assert {family_of(each["model"]) for each in records} == {family_of(name) for name in vssm.list_models()}
+    assert all(each["error_over_peak"] <= TOLERANCE for each in records)
+    assert {tuple(each["img_size"]) for each in records} == {(224, 224)}
 
 
 def test_the_newest_record_of_a_setting_counts(tmp_path):
