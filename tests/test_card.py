@@ -103,7 +103,7 @@ def test_records_are_known_by_what_they_hold(tmp_path):
     assert "MiB" not in text
     exported = filled(tmp_path, "exported")
     assert "Some CPU, 2 threads, 2026-01-02" in exported
-    assert "its load was 1.3" in exported
+    assert "The load of the 2 cores was 1.3" in exported
     assert "| `vim_tiny_patch16_224` | 33.1 | 61.0 | 52.0 | 6e-07 |" in exported
 
 

@@ -250,8 +250,8 @@ def _export_setting(group: Sequence[dict], folder: Path) -> str:
     load = f"{min(loads):.1f}" if len(loads) == 1 else f"{min(loads):.1f} to {max(loads):.1f}"
     return (
         f"{', '.join(text)}: `vssm export MODEL... --benchmark` ({_link(first, folder)}). "
-        f"Torch runs the scan of the backend `{first['scan_backend']}`. The machine had {first['cores']} cores and "
-        f"other work: its load was {load}."
+        f"Torch runs the scan of the backend `{first['scan_backend']}`. The load of the {first['cores']} cores was "
+        f"{load}, this command included."
     )
 
 
