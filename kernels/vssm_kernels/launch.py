@@ -8,14 +8,15 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from vssm_kernels import launch_table, scan_torch, scan_triton
+from vssm_kernels import launch_table, scan_torch, scan_triton, tiles_triton
 from vssm_kernels.scan_call import ScanCall, tokens_contiguous
 
 kernels: Any = scan_triton  # Triton's language looks like Python, but its types are others
 _PACKED = 4096  # numbers of a program that packs or unpacks
 _LANES = 32
 _ROWS = 64  # tokens of a tile of the products with dt and its weight
-_PARTS = 1056  # programs that sum up the gradient of the weight, eight a multiprocessor of an H100
+_BLOCK = 128  # channels of such a tile
+_PROGRAMS = 528  # that share the rows of such a product, four a multiprocessor of an H100
 
 
 def forward(call: ScanCall) -> tuple[Tensor, Tensor]:
@@ -323,7 +324,7 @@ class _Launch:
             "unaligned": 0,
             "LOW_RANK": call.dt_weight is not None,
             "TWO_A_WORD": _two_a_word(dt.tensor, self.rank),
-            "RANKS": max(16, _power_of_two(self.rank)),
+            "PARTS": max(1, math.ceil(self.rank / tiles_triton.RANKS.value)),
             "HALF_DOT": call.dt.dtype == torch.float16
             or (call.dt.dtype == torch.bfloat16 and _bfloat16_products(call.x.device)),
             "SOFTPLUS": call.softplus,
@@ -420,23 +421,23 @@ class _Launch:
         call, draw = self.call, self._over_visits(draw)
         if call.dt_weight is None:
             return {"dt": draw}
-        dt, weight = _last_contiguous(call.dt), call.dt_weight.contiguous()
+        dt, draw, weight = _evenly_apart(call.dt), _evenly_apart(draw), call.dt_weight.to(draw.dtype).contiguous()
         ddt = torch.empty(call.dt.shape, dtype=dt.dtype, device=dt.device)
         samples, tokens, directions, width = draw.shape
-        blocks = math.ceil(width / _LANES)
-        each = math.ceil(samples / max(1, _PARTS // (directions * blocks)))  # samples of a program
-        parts = self.empty(math.ceil(samples / max(1, each)), directions, width, self.rank)
-        sizes = {"directions": directions, "tokens": tokens, "width": width, "rank": self.rank}
-        tile = {"ROWS": _ROWS, "BLOCK": _LANES, "RANKS": self.switches["RANKS"], "num_warps": 4}
-        rows = _rows(draw).arguments("draw")
+        rows, block = samples * tokens, min(_BLOCK, _power_of_two(max(width, _LANES)))
+        blocks = math.ceil(width / block)
+        of_dt, of_weight = _rows_each(rows, directions), _rows_each(rows, directions * blocks)
+        parts = self.empty(math.ceil(rows / of_weight), directions, width, self.rank)
+        sizes = {"rows": rows, "width": width, "rank": self.rank, **_places("draw", draw)}
+        tile = {"ROWS": _ROWS, "BLOCK": block, "RANKS": max(16, _power_of_two(self.rank)), "num_warps": 4}
         if draw.numel():
             with torch.accelerator.device_index(draw.device.index):
-                grid = (samples * directions, math.ceil(tokens / _ROWS))
-                kernels.dt_gradient_kernel[grid](weight=weight, **rows, **_rows(ddt).arguments("ddt"), **sizes, **tile)
-                kernels.weight_gradient_kernel[(directions, blocks, len(parts))](
-                    dweight=parts, samples=samples, samples_each=each, **rows, **_rows(dt).arguments("dt"),
-                    **sizes, **tile,
-                )  # fmt: skip
+                kernels.dt_gradient_kernel[(math.ceil(rows / of_dt), directions)](
+                    draw, weight, ddt, rows_each=of_dt, **sizes, **_places("ddt", ddt), **tile
+                )
+                kernels.weight_gradient_kernel[(len(parts), directions, blocks)](
+                    draw, dt, parts, rows_each=of_weight, **sizes, **_places("dt", dt), **tile
+                )
         return {"dt": ddt, "dt_weight": parts.sum(0)}
 
     def _over_visits(self, visits: Tensor) -> Tensor:
@@ -498,6 +499,22 @@ def _rows_of_one_stride(tensor: Tensor) -> Tensor:
             return tensor.contiguous()
         stride *= tensor.shape[axis]
     return _last_contiguous(tensor)
+
+
+def _evenly_apart(tensor: Tensor) -> Tensor:
+    """A tensor (b, l, k, c), a copy if the rows of a direction do not all have one distance."""
+    even = tensor.shape[0] == 1 or tensor.stride(0) == tensor.shape[1] * tensor.stride(1)
+    return _last_contiguous(tensor) if even else tensor.contiguous()
+
+
+def _rows_each(rows: int, programs: int) -> int:
+    """Rows of a program, whole tiles, where so many programs share them and the GPU should be full."""
+    return _ROWS * max(1, math.ceil(rows * programs / (_ROWS * _PROGRAMS)))
+
+
+def _places(name: str, tensor: Tensor) -> dict[str, int]:
+    """Strides of rows and directions of a tensor (b, l, k, c), all rows of which have one distance."""
+    return {f"{name}_row": tensor.stride(1), f"{name}_direction": tensor.stride(2)}
 
 
 def _bfloat16_products(device: torch.device) -> bool:

@@ -86,7 +86,7 @@ def scan_forward_kernel(
     samples, sequences, chained, length, padded, chunk, width, N, rank, tables, unaligned,
     x_sample, x_token, x_direction, dt_sample, dt_token, dt_direction,
     z_sample, z_token, z_direction, y_sample, y_token, y_direction,
-    LOW_RANK: tl.constexpr, TWO_A_WORD: tl.constexpr, RANKS: tl.constexpr, HALF_DOT: tl.constexpr,
+    LOW_RANK: tl.constexpr, TWO_A_WORD: tl.constexpr, PARTS: tl.constexpr, HALF_DOT: tl.constexpr,
     SOFTPLUS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GAP: tl.constexpr, HAS_SKIP: tl.constexpr, CHAIN: tl.constexpr,
     TOKENS_LAST: tl.constexpr, SHARED_X: tl.constexpr, B_PER_TOKEN: tl.constexpr, C_PER_TOKEN: tl.constexpr,
     ONE_STATE: tl.constexpr, UNROLL: tl.constexpr, GATED: tl.constexpr, HAS_START: tl.constexpr, WRITE_Y: tl.constexpr,
@@ -110,7 +110,7 @@ def scan_forward_kernel(
     lanes = tl.arange(0, CHANNELS).to(tl.int64 if CHANNELS > 32 else tl.int32)
     lanes += tl.program_id(0) % blocks * CHANNELS + unaligned
     across = lanes.to(INDEX) * length if TOKENS_LAST else lanes
-    ranks, offsets = tl.arange(0, RANKS), tl.arange(0, STEPS)
+    offsets = tl.arange(0, STEPS)
     COLUMNS: tl.constexpr = SLOTS * CHANNELS
     own = N // SLOTS
     columns = tl.arange(0, COLUMNS)
@@ -129,11 +129,7 @@ def scan_forward_kernel(
     places += walk % tables * 2 * padded
     gaps += walk % tables * padded
     matrices += walk * 2 * N * padded
-    of_matrix = ranks[:, None] + lanes[None, :] * rank
-    inside_matrix = (ranks < rank)[:, None] & inside[None, :]
-    matrix = (
-        tl.load(weight + sequence * rank * width + of_matrix, mask=inside_matrix, other=0.0).to(tl.float32) * LOG2_E
-    )
+    matrix = tiles.load_weight(weight + sequence * rank * width, rank, lanes, inside, PARTS)
     offset, idle, skip = tiles.load_channels(
         bias, D, sequence * width, lanes, inside, HAS_BIAS, HAS_SKIP, SOFTPLUS, PRECISE, NVIDIA, FULL, CHANNELS
     )
@@ -162,7 +158,7 @@ def scan_forward_kernel(
     row, visit = row // chained if CHAIN else row, visit // chained if CHAIN and SHARED_X else visit
     next_dts = tiles.load_dt(
         dt, row.to(INDEX), dt_token, rank, across, begin, end, inside,
-        LOW_RANK, TWO_A_WORD, RANKS, STEPS, FULL, TOKENS_LAST,
+        LOW_RANK, TWO_A_WORD, PARTS, STEPS, FULL, TOKENS_LAST,
     )  # fmt: skip
     next_xs = tiles.load_tokens(x, visit.to(INDEX), x_token, across, begin, end, inside, STEPS, FULL, TOKENS_LAST)
     for first in range(begin, end, STEPS):
@@ -170,15 +166,15 @@ def scan_forward_kernel(
         following = tl.minimum(first + STEPS, last)
         place, next_place, later_place = next_place, later_place, latest_place
         latest_place = tiles.load_pair(places + 2 * tl.minimum(first + 3 * STEPS, last), STEPS)
-        dts, xs = tiles.dts_of(next_dts, dt.dtype.element_ty), next_xs.to(tl.float32)
-        if TOKENS_LAST:  # loaded with neighbouring tokens on neighbouring lanes
-            dts = tiles.pinned(dts, STEPS, LOG_STEPS, CHANNELS)
+        dts = tiles.dts_of(next_dts, dt.dtype.element_ty, PARTS, TOKENS_LAST, STEPS, LOG_STEPS, CHANNELS)
+        xs = next_xs.to(tl.float32)
+        if TOKENS_LAST:
             xs = tiles.pinned(xs, STEPS, LOG_STEPS, CHANNELS)
         row, visit = tiles.rows_and_visits(next_place, following, STEPS, TOKENS_LAST)
         row, visit = row // chained if CHAIN else row, visit // chained if CHAIN and SHARED_X else visit
         next_dts = tiles.load_dt(
             dt, row.to(INDEX), dt_token, rank, across, following, end, inside,
-            LOW_RANK, TWO_A_WORD, RANKS, STEPS, FULL, TOKENS_LAST,
+            LOW_RANK, TWO_A_WORD, PARTS, STEPS, FULL, TOKENS_LAST,
         )  # fmt: skip
         next_xs = tiles.load_tokens(
             x, visit.to(INDEX), x_token, across, following, end, inside, STEPS, FULL, TOKENS_LAST
@@ -201,7 +197,7 @@ def scan_forward_kernel(
             of_tile = matrices + 2 * N * first
             group = tiles.load_states(A, kept, of_tile, 0, own, width, wide, wide_inside, UNROLL, SLOTS, STEPS, FULL)
         gap = tl.load(gaps + steps) if HAS_GAP else 0.0
-        raw = tiles.raw_steps(dts, matrix, offset, LOW_RANK, HALF_DOT, STEPS, CHANNELS)
+        raw = tiles.raw_steps(dts, matrix, offset, LOW_RANK, PARTS, HALF_DOT, STEPS, CHANNELS)
         step, decay_step = tiles.steps_of_tile(
             raw, gap, idle, steps < end, SOFTPLUS, HAS_GAP, MASKED, PRECISE, NVIDIA, STEPS, LOG_STEPS, CHANNELS, SLOTS
         )
@@ -289,7 +285,7 @@ def scan_adjoint_kernel(
     samples, sequences, chained, length, padded, chunk, width, N, rank, tables, unaligned,
     x_sample, x_token, x_direction, dt_sample, dt_token, dt_direction,
     dy_sample, dy_token, dy_direction, dx_sample, dx_token, dx_direction, draw_sample, draw_token, draw_direction,
-    LOW_RANK: tl.constexpr, TWO_A_WORD: tl.constexpr, RANKS: tl.constexpr, HALF_DOT: tl.constexpr,
+    LOW_RANK: tl.constexpr, TWO_A_WORD: tl.constexpr, PARTS: tl.constexpr, HALF_DOT: tl.constexpr,
     SOFTPLUS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GAP: tl.constexpr, HAS_SKIP: tl.constexpr, CHAIN: tl.constexpr,
     TOKENS_LAST: tl.constexpr, SHARED_X: tl.constexpr, SHARED_DY: tl.constexpr, SAME_ROWS: tl.constexpr,
     B_PER_TOKEN: tl.constexpr, C_PER_TOKEN: tl.constexpr, ONE_STATE: tl.constexpr, UNROLL: tl.constexpr,
@@ -313,7 +309,7 @@ def scan_adjoint_kernel(
     channels = block * CHANNELS + tl.arange(0, CHANNELS)
     lanes, inside = channels + unaligned, channels < width
     across = lanes.to(INDEX) * length if TOKENS_LAST else lanes
-    ranks, offsets = tl.arange(0, RANKS), tl.arange(0, STEPS)
+    offsets = tl.arange(0, STEPS)
     COLUMNS: tl.constexpr = SLOTS * CHANNELS
     own = N // SLOTS
     columns = tl.arange(0, COLUMNS)
@@ -333,11 +329,7 @@ def scan_adjoint_kernel(
     matrices += walk * 2 * N * padded
     dmatrices += (block * walks + walk) * 2 * N * padded
     draw += sample * draw_sample + (0 if CHAIN else sequence * draw_direction)
-    of_matrix = ranks[:, None] + lanes[None, :] * rank
-    inside_matrix = (ranks < rank)[:, None] & inside[None, :]
-    matrix = (
-        tl.load(weight + sequence * rank * width + of_matrix, mask=inside_matrix, other=0.0).to(tl.float32) * LOG2_E
-    )
+    matrix = tiles.load_weight(weight + sequence * rank * width, rank, lanes, inside, PARTS)
     offset, idle, skip = tiles.load_channels(
         bias, D, sequence * width, lanes, inside, HAS_BIAS, HAS_SKIP, SOFTPLUS, PRECISE, NVIDIA, FULL, CHANNELS
     )
@@ -383,11 +375,9 @@ def scan_adjoint_kernel(
         row, visit = row.to(INDEX), visit.to(INDEX)
         dts = tiles.load_dt(
             dt, row // chained if CHAIN else row, dt_token, rank, across, first, end, inside,
-            LOW_RANK, TWO_A_WORD, RANKS, STEPS, FULL, TOKENS_LAST,
+            LOW_RANK, TWO_A_WORD, PARTS, STEPS, FULL, TOKENS_LAST,
         )  # fmt: skip
-        dts = tiles.dts_of(dts, dt.dtype.element_ty)
-        if TOKENS_LAST:  # loaded with neighbouring tokens on neighbouring lanes
-            dts = tiles.pinned(dts, STEPS, LOG_STEPS, CHANNELS)
+        dts = tiles.dts_of(dts, dt.dtype.element_ty, PARTS, TOKENS_LAST, STEPS, LOG_STEPS, CHANNELS)
         of_result = visit // chained if CHAIN and SHARED_DY else visit
         dy_at = tiles.rows_at(dy, of_result, dy_token, across, TOKENS_LAST)
         dys = tiles.load_steps(dy_at, first, end, inside, STEPS, FULL)
@@ -429,7 +419,7 @@ def scan_adjoint_kernel(
         place = next_place
         next_place = tiles.load_pair(places + 2 * tl.maximum(first - 2 * STEPS, begin), STEPS)
         gap = tl.load(gaps + steps) if HAS_GAP else 0.0
-        raw = tiles.raw_steps(dts, matrix, offset, LOW_RANK, HALF_DOT, STEPS, CHANNELS)
+        raw = tiles.raw_steps(dts, matrix, offset, LOW_RANK, PARTS, HALF_DOT, STEPS, CHANNELS)
         step, decay_step = tiles.steps_of_tile(
             raw, gap, idle, exists, SOFTPLUS, HAS_GAP, MASKED, PRECISE, NVIDIA, STEPS, LOG_STEPS, CHANNELS, SLOTS
         )
@@ -565,53 +555,57 @@ def _sum_of_matrix(
     return tl.reshape(tl.permute(total, (0, 2, 1)), (BLOCK, STATES))
 
 
-@triton.jit(do_not_specialize=["directions", "tokens"])
+@triton.jit(do_not_specialize=["rows", "rows_each"])
 def dt_gradient_kernel(
-    draw, weight, ddt, directions, tokens, width, rank,
-    draw_sample, draw_token, draw_direction, ddt_sample, ddt_token, ddt_direction,
+    draw, matrix, ddt, rows, width, rank, rows_each, draw_row, draw_direction, ddt_row, ddt_direction,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the low-rank dt, (b, l, k, r): draw (b, l, k, d) times the weight (k, d, r)."""
-    sample, direction = (tl.program_id(0) // directions).to(tl.int64), (tl.program_id(0) % directions).to(tl.int64)
-    row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    """Gradient of the low-rank dt, (rows, k, r): draw (rows, k, d) times ``matrix``, the weight (k, d, r) in its dtype.
+
+    A program has ``rows_each`` rows. Rows and blocks of channels are one loop, so that loads can be ahead of it.
+    """
+    direction = tl.program_id(1).to(tl.int64)
     channels, ranks = tl.arange(0, BLOCK), tl.arange(0, RANKS)[None, :]
-    draw += sample * draw_sample + direction * draw_direction + row * draw_token
-    weight += direction * width * rank
+    draw += direction * draw_direction
+    matrix += direction * width * rank
+    ddt += direction * ddt_direction + ranks
+    begin = tl.program_id(0).to(tl.int64) * rows_each
+    end = tl.minimum(begin + rows_each, rows)
+    blocks = tl.cdiv(width, BLOCK)
     total = tl.zeros((ROWS, RANKS), tl.float32)
-    for first in range(0, width, BLOCK):
-        channel = first + channels
-        steps = tl.load(draw + channel[None, :], mask=(row < tokens) & (channel < width)[None, :], other=0.0)
+    for i in range(tl.cdiv(end - begin, ROWS) * blocks):
+        row = begin + i // blocks * ROWS + tl.arange(0, ROWS)[:, None]
+        channel = i % blocks * BLOCK + channels
+        exists = (row < end) & (channel < width)[None, :]
+        steps = tl.load(draw + row * draw_row + channel[None, :], mask=exists, other=0.0)
         inside = (channel < width)[:, None] & (ranks < rank)
-        of_channels = tl.load(weight + channel[:, None] * rank + ranks, mask=inside, other=0.0)
-        total = tl.dot(steps, of_channels.to(steps.dtype), total, input_precision="ieee")
-    at = ddt + sample * ddt_sample + direction * ddt_direction + row * ddt_token + ranks
-    tl.store(at, total.to(ddt.dtype.element_ty), mask=(row < tokens) & (ranks < rank))
+        of_channels = tl.load(matrix + channel[:, None] * rank + ranks, mask=inside, other=0.0)
+        total = tl.dot(steps, of_channels, total, input_precision="ieee")
+        if i % blocks == blocks - 1:
+            tl.store(ddt + row * ddt_row, total.to(ddt.dtype.element_ty), mask=(row < end) & (ranks < rank))
+            total = tl.zeros((ROWS, RANKS), tl.float32)
 
 
-@triton.jit(do_not_specialize=["samples", "directions", "tokens", "samples_each"])
+@triton.jit(do_not_specialize=["rows", "rows_each"])
 def weight_gradient_kernel(
-    draw, dt, dweight, samples, directions, tokens, width, rank, samples_each,
-    draw_sample, draw_token, draw_direction, dt_sample, dt_token, dt_direction,
+    draw, dt, dweight, rows, width, rank, rows_each, draw_row, draw_direction, dt_row, dt_direction,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the weight of dt: drawᵀ·dt of a few samples, (parts, k, d, r)."""
-    direction = tl.program_id(0).to(tl.int64)
-    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    rows, ranks = tl.arange(0, ROWS)[:, None], tl.arange(0, RANKS)[None, :]
-    begin = tl.program_id(2).to(tl.int64) * samples_each
-    draw += begin * draw_sample + direction * draw_direction
-    dt += begin * dt_sample + direction * dt_direction
+    """Gradient of the weight of dt: drawᵀ·dt of ``rows_each`` rows, (parts, k, d, r)."""
+    direction = tl.program_id(1).to(tl.int64)
+    channel = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    ranks = tl.arange(0, RANKS)[None, :]
+    draw += direction * draw_direction + channel[None, :]
+    dt += direction * dt_direction + ranks
+    begin = tl.program_id(0).to(tl.int64) * rows_each
+    end = tl.minimum(begin + rows_each, rows)
     total = tl.zeros((BLOCK, RANKS), tl.float32)
-    for _ in range(tl.minimum(samples_each, samples - begin)):
-        for first in range(0, tokens, ROWS):
-            row = (first + rows).to(tl.int64)
-            inside = (row < tokens) & (channel < width)[None, :]
-            steps = tl.load(draw + row * draw_token + channel[None, :], mask=inside, other=0.0)
-            dts = tl.load(dt + row * dt_token + ranks, mask=(row < tokens) & (ranks < rank), other=0.0)
-            total = tl.dot(tl.trans(steps), dts.to(steps.dtype), total, input_precision="ieee")
-        draw += draw_sample
-        dt += dt_sample
-    at = ((tl.program_id(2) * directions + direction) * width + channel[:, None]) * rank + ranks
+    for first in range(begin, end, ROWS):
+        row = first + tl.arange(0, ROWS)[:, None]
+        steps = tl.load(draw + row * draw_row, mask=(row < end) & (channel < width)[None, :], other=0.0)
+        dts = tl.load(dt + row * dt_row, mask=(row < end) & (ranks < rank), other=0.0)
+        total = tl.dot(tl.trans(steps), dts.to(steps.dtype), total, input_precision="ieee")
+    at = ((tl.program_id(0) * tl.num_programs(1) + direction) * width + channel[:, None]) * rank + ranks
     tl.store(dweight + at, total, mask=(channel < width)[:, None] & (ranks < rank))
 
 

@@ -11,6 +11,7 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+RANKS = tl.constexpr(16)  # of dt in one product; with more than two of 32, or 64 at once, Triton 3.6 computes wrong
 
 
 @triton.jit
@@ -304,34 +305,58 @@ def load_states(
 
 
 @triton.jit
-def load_dt(
-    dt, rows, stride, rank, across, first, end, inside,
-    LOW_RANK: tl.constexpr, TWO_A_WORD: tl.constexpr, RANKS: tl.constexpr,
-    STEPS: tl.constexpr, FULL: tl.constexpr, TOKENS_LAST: tl.constexpr,
-):  # fmt: skip
-    """The rows of dt that a tile reads, for :func:`dts_of`: (STEPS, RANKS) or, of a full step, (STEPS, CHANNELS).
-
-    ``TWO_A_WORD``: (STEPS, RANKS / 2) words of two neighbours.
-    """
-    if LOW_RANK and TWO_A_WORD:
-        words = tl.arange(0, RANKS // 2)
-        at = dt.to(tl.pointer_type(tl.uint32)) + rows[:, None] * (stride // 2) + words[None, :]
-        dts = tl.load(at, mask=(words < rank // 2)[None, :], other=0)
-    elif LOW_RANK:
-        ranks = tl.arange(0, RANKS)
-        dts = tl.load(dt + rows[:, None] * stride + ranks[None, :], mask=(ranks < rank)[None, :], other=0.0)
-    else:
-        dts = load_tokens(dt, rows, stride, across, first, end, inside, STEPS, FULL, TOKENS_LAST)
-    return dts
+def load_weight(weight, rank, lanes, inside, PARTS: tl.constexpr):
+    """The weight of dt in units of log 2, in parts (RANKS, CHANNELS)."""
+    parts = ()
+    for part in tl.static_range(PARTS):
+        ranks = part * RANKS + tl.arange(0, RANKS)
+        exists = (ranks < rank)[:, None] & inside[None, :]
+        at = weight + ranks[:, None] + lanes[None, :] * rank
+        parts = parts + (tl.load(at, mask=exists, other=0.0).to(tl.float32) * LOG2_E,)
+    return parts
 
 
 @triton.jit
-def dts_of(loaded, dtype: tl.constexpr):
+def load_dt(
+    dt, rows, stride, rank, across, first, end, inside,
+    LOW_RANK: tl.constexpr, TWO_A_WORD: tl.constexpr, PARTS: tl.constexpr,
+    STEPS: tl.constexpr, FULL: tl.constexpr, TOKENS_LAST: tl.constexpr,
+):  # fmt: skip
+    """The rows of dt that a tile reads, for :func:`dts_of`: parts (STEPS, RANKS) or, of a full step, (STEPS, CHANNELS).
+
+    ``TWO_A_WORD``: (STEPS, RANKS / 2) words of two neighbours.
+    """
+    parts = ()
+    for part in tl.static_range(PARTS):
+        if LOW_RANK and TWO_A_WORD:
+            words = part * (RANKS // 2) + tl.arange(0, RANKS // 2)
+            at = dt.to(tl.pointer_type(tl.uint32)) + rows[:, None] * (stride // 2) + words[None, :]
+            dts = tl.load(at, mask=(words < rank // 2)[None, :], other=0)
+        elif LOW_RANK:
+            ranks = part * RANKS + tl.arange(0, RANKS)
+            dts = tl.load(dt + rows[:, None] * stride + ranks[None, :], mask=(ranks < rank)[None, :], other=0.0)
+        else:
+            dts = load_tokens(dt, rows, stride, across, first, end, inside, STEPS, FULL, TOKENS_LAST)
+        parts = parts + (dts,)
+    return parts
+
+
+@triton.jit
+def dts_of(
+    loaded, dtype: tl.constexpr, PARTS: tl.constexpr, TOKENS_LAST: tl.constexpr,
+    STEPS: tl.constexpr, LOG_STEPS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
     """The rows of dt in their own ``dtype``."""
-    if loaded.dtype == tl.uint32:
-        both = tl.join(loaded.to(tl.uint16), (loaded >> 16).to(tl.uint16))
-        loaded = tl.reshape(both, (loaded.shape[0], 2 * loaded.shape[1])).to(dtype, bitcast=True)
-    return loaded
+    parts = ()
+    for part in tl.static_range(PARTS):
+        dts = loaded[part]
+        if dts.dtype == tl.uint32:
+            both = tl.join(dts.to(tl.uint16), (dts >> 16).to(tl.uint16))
+            dts = tl.reshape(both, (dts.shape[0], 2 * dts.shape[1])).to(dtype, bitcast=True)
+        if TOKENS_LAST:  # loaded with neighbouring tokens on neighbouring lanes
+            dts = pinned(dts, STEPS, LOG_STEPS, CHANNELS)
+        parts = parts + (dts,)
+    return parts
 
 
 @triton.jit
@@ -355,19 +380,22 @@ def prefetch(
 
 @triton.jit
 def raw_steps(
-    dts, weight, bias, LOW_RANK: tl.constexpr, HALF_DOT: tl.constexpr, STEPS: tl.constexpr, CHANNELS: tl.constexpr
-):
+    dts, weight, bias,
+    LOW_RANK: tl.constexpr, PARTS: tl.constexpr, HALF_DOT: tl.constexpr, STEPS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
     """weight·dt + bias in units of log 2, (STEPS, CHANNELS)."""
     if LOW_RANK:
         raw = tl.broadcast_to(bias, (STEPS, CHANNELS))
-        if HALF_DOT:  # dt is exact in its own dtype, and so is the weight as the sum of two
-            high = weight.to(dts.dtype)
-            raw = tl.dot(dts, (weight - high.to(tl.float32)).to(dts.dtype), raw)
-            raw = tl.dot(dts, high, raw)
-        else:
-            raw = tl.dot(dts.to(tl.float32), weight, raw, input_precision="ieee")
+        for part in tl.static_range(PARTS):
+            rows, matrix = dts[part], weight[part]
+            if HALF_DOT:  # dt is exact in its own dtype, and so is the weight as the sum of two
+                high = matrix.to(rows.dtype)
+                raw = tl.dot(rows, (matrix - high.to(tl.float32)).to(rows.dtype), raw)
+                raw = tl.dot(rows, high, raw)
+            else:
+                raw = tl.dot(rows.to(tl.float32), matrix, raw, input_precision="ieee")
     else:
-        raw = dts.to(tl.float32) * LOG2_E + bias
+        raw = dts[0].to(tl.float32) * LOG2_E + bias
     return raw
 
 

@@ -14,8 +14,8 @@ from vssm_kernels import scan_triton
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile")
 
-VIM = {"RANKS": 16, "ONE_STATE": False, "UNROLL": 2}
-VMAMBA = {"RANKS": 16, "ONE_STATE": True, "UNROLL": 1}
+VIM = {"PARTS": 1, "ONE_STATE": False, "UNROLL": 2}
+VMAMBA = {"PARTS": 1, "ONE_STATE": True, "UNROLL": 1}
 FOUR_WARPS = {"SLOTS": 4, "LOG_SLOTS": 2}
 A_STATE_A_WARP = {"SLOTS": 16, "LOG_SLOTS": 4, "ONE_STATE": True, "UNROLL": 1}
 EVERYTHING = {"B_PER_TOKEN": False, "C_PER_TOKEN": False, "HAS_GAP": True, "CHAIN": True, "FULL": False, "MASKED": True}
@@ -28,12 +28,12 @@ USUAL = {
 SELECTIVE = {"TOKENS_LAST": True, "LOW_RANK": False, "TWO_A_WORD": False, "HALF_DOT": False, "SHARED_X": False}
 PLAIN_FLOAT32 = {"TWO_A_WORD": False, "HALF_DOT": False, "PRECISE": True, "EXACT_DOT": True}
 INTEGERS = ("places", "order", "gap")
-HALF = ("x", "dt", "z", "y", "dy", "dx", "draw", "ddt", "parts", "out", "dz")
+HALF = ("x", "dt", "z", "y", "dy", "dx", "draw", "ddt", "matrix", "parts", "out", "dz")
 
 
 NUMBERS = (
     "samples", "sequences", "chained", "length", "padded", "chunk", "chunks", "walks", "width", "N", "rank", "tables",
-    "unaligned", "steps", "blocks", "columns", "directions", "tokens", "samples_each",
+    "unaligned", "steps", "blocks", "columns", "directions", "rows_each",
 )  # fmt: skip
 
 
@@ -126,10 +126,10 @@ def test_a_thread_holds_the_steps_of_its_channels(model, registers, tmp_path):
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: f"{target.backend}-{target.arch}")
 def test_products_with_dt(target):
-    tile = {"ROWS": 64, "BLOCK": 32, "RANKS": 16}
+    tile = {"ROWS": 64, "BLOCK": 128, "RANKS": 16}
     half = "fp32" if target.arch == 75 else "bf16"
     for kernel in (scan_triton.dt_gradient_kernel, scan_triton.weight_gradient_kernel):
-        assert _compile(kernel, target, half, tile, num_warps=4).asm
+        assert _compile(kernel, target, half, tile, numbers=(*NUMBERS, "rows"), num_warps=4, num_stages=3).asm
 
 
 def test_small_kernels():

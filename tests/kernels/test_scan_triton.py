@@ -54,6 +54,26 @@ def test_tiles_slots_and_chunks(triton_device, states, slots, steps, channels, c
         assert relative_error(results[name], reference) < TOLERANCE[torch.float32], name
 
 
+@pytest.mark.parametrize(("dtype", "rank"), [(torch.float32, 48), (torch.float16, 98)])
+def test_high_ranks_are_several_products(triton_device, dtype, rank):
+    usual = _arguments(1, dtype, "cpu")
+    usual["dt"] = torch.randn(1, 75, 2, rank).to(dtype)
+    usual["dt_weight"] = (torch.randn(2, 5, rank) / rank).to(dtype)
+
+    def arguments(precision: torch.dtype, device: torch.device | str) -> dict:
+        dtypes = dict.fromkeys(usual, precision) | {"A": max(precision, torch.float32, key=lambda each: each.itemsize)}
+        return {
+            name: value.detach().to(device, dtypes[name]).requires_grad_()
+            if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+            for name, value in usual.items()
+        } | {"order": usual["order"].to(device)}  # fmt: skip
+
+    results = outputs_and_gradients(directional_scan, arguments(dtype, triton_device))
+    expected = outputs_and_gradients(directional_scan_ref, arguments(torch.float64, "cpu"))
+    for name, reference in expected.items():
+        assert relative_error(results[name], reference) < TOLERANCE[dtype], name
+
+
 def test_half_precision_reads_two_ranks_at_once_where_it_can(triton_device):
     arguments = _arguments(4, torch.float16, triton_device)
     arguments["A"] = arguments["A"].float()
