@@ -129,3 +129,10 @@ def test_optimizer_and_average_are_those_of_the_recipe(path, folder, teacher):
     assert (state.ema is not None) == written["model_ema"]
     if state.ema is not None:
         assert state.ema.decay == written["model_ema_decay"]
+
+
+def test_recipe_of_small_images_trains_patches_of_four_pixels(folder, capsys):
+    config = CONFIGS / "small" / "images_64.yaml"
+    options = ["--model", "test_vim", "--model-kwargs", "patch_size=4", "depth=1", "embed_dim=16", "--batch-size", "4"]
+    assert main(["train", str(folder), "--config", str(config), *options, "--device", "cpu", "--dry-run"]) == 0
+    assert "two steps took " in capsys.readouterr().out

@@ -89,6 +89,7 @@ def validate(
     options: DataOptions | None = None,
     real_labels: str | None = None,
     per_class: bool = False,
+    tallies: Sequence[Tally] = (),
 ) -> dict[str, Any]:
     """Evaluates a classifier on the held-out part of a data set.
 
@@ -102,6 +103,7 @@ def validate(
         options: How to read the data set.
         real_labels: File of several right classes per image, or ``imagenet`` for the one that comes with timm.
         per_class: Also count per class.
+        tallies: What else counts the answers.
 
     Returns:
         What `evaluate` does, and ``batch_size``; with real labels ``real_top1``, ``real_top5`` and ``real_images``, and
@@ -119,8 +121,8 @@ def validate(
     def work(size: int) -> dict[str, Any]:
         loader = eval_loader(images, classifier.config, batch_size=size, workers=workers, device=device)
         real, classes = None if right is None else RealLabels(right), PerClass(names) if per_class else None
-        tallies = [tally for tally in (real, classes) if tally is not None]
-        metrics = evaluate(model, loader, source=images.source, device=device, amp_dtype=amp_dtype, tallies=tallies)
+        counting = [*tallies, *(tally for tally in (real, classes) if tally is not None)]
+        metrics = evaluate(model, loader, source=images.source, device=device, amp_dtype=amp_dtype, tallies=counting)
         more = {} if real is None else real.metrics()
         rows = {} if classes is None else {"per_class": classes.rows()}
         return {**metrics, **more, "batch_size": size, **rows}

@@ -72,6 +72,22 @@ class PerClass:
         }
 
 
+class Hits:
+    """Remembers of each image whether the answer is right."""
+
+    def __init__(self) -> None:
+        self._right: dict[int, bool] = {}
+
+    def update(self, logits: Tensor, batch: Batch) -> None:
+        """Takes in a batch with its logits (b, classes), on the CPU."""
+        right = logits.argmax(-1) == batch.targets
+        self._right.update(zip(batch.indices.tolist(), right.tolist(), strict=True))
+
+    def in_order(self) -> list[bool]:
+        """One answer per image, in the order of the data set."""
+        return [self._right[index] for index in sorted(self._right)]
+
+
 class RealLabels:
     """Counts answers that are among several right ones, for images that have any.
 
