@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import vssm.cli
+from fuzzing import fuzzed
 from vssm.cli import UsageError, commands, main
 from vssm.cli._options import Parser, positive_int
 from vssm.cli.config import parse_with_config
@@ -130,8 +131,11 @@ WORDS = (
 def test_random_options_are_understood_or_refused(name, tmp_path, monkeypatch):
     """What is not told in one line, as UsageError and OSError are, would be raised here; no command runs."""
     monkeypatch.chdir(tmp_path)
-    rng, refused = random.Random(0), 0
-    for _ in range(150):
+    refused = 0
+
+    @fuzzed(150)
+    def parse(rng: random.Random) -> None:
+        nonlocal refused
         parser = Parser(prog=f"vssm {name}")
         importlib.import_module(f"vssm.cli.{name}").add_arguments(parser)
         options = [option for option in parser._option_string_actions if option not in ("-h", "--help")]
@@ -140,6 +144,8 @@ def test_random_options_are_understood_or_refused(name, tmp_path, monkeypatch):
             parse_with_config(parser, rng.sample(WORDS, rng.choice([0, 1])) + argv)
         except (UsageError, OSError):
             refused += 1
+
+    parse()
     assert refused > 10
 
 

@@ -26,6 +26,7 @@ build_wheel() {
         tail -n 40 "$scratch/build.log"
         return 1
     }
+    twine check --strict "$scratch"/dist/*
 }
 
 # Only the wheel is installed. Its dependencies are read where they are installed already; the vssm beside them is an

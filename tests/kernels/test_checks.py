@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 
+from fuzzing import fuzzed
 from scan_cases import random_case
 from vssm_kernels import available_backends, directional_scan, selective_scan, use_backend
 
@@ -120,9 +121,13 @@ WRONG_CHANGES = (
 @pytest.mark.parametrize(("function", "usual"), [(directional_scan, _directional), (selective_scan, _selective)])
 def test_random_arguments_are_computed_or_refused_in_one_line(function, usual, backend):
     """An exception of another kind than ValueError would be raised here."""
-    rng, refused = random.Random(0), 0
-    for number in range(400):
-        arguments = random_case(number + 1).arguments(torch.float32) if function is directional_scan else usual()
+    refused = computed = 0
+
+    @fuzzed(400)
+    def call(rng: random.Random) -> None:
+        nonlocal refused, computed
+        case = random_case(rng.randrange(1, 400))
+        arguments = case.arguments(torch.float32) if function is directional_scan else usual()
         for name in rng.sample(sorted(arguments), rng.choice([1, 1, 2])):
             value = arguments[name]
             if isinstance(value, torch.Tensor) and rng.random() < 0.9:
@@ -136,9 +141,13 @@ def test_random_arguments_are_computed_or_refused_in_one_line(function, usual, b
             refused += 1
             message = str(error)
         else:
+            computed += 1
             message = f"{function.__name__}: computed"
         assert re.fullmatch(rf"({function.__name__}|scan): .+", message)
-    assert 200 < refused < 400
+
+    call()
+    assert refused > 100
+    assert computed > 10
 
 
 def test_repeated_token_is_found_on_request(monkeypatch):
