@@ -1,5 +1,7 @@
 import hashlib
+import os
 import random
+import signal
 import struct
 import sys
 import zlib
@@ -180,6 +182,13 @@ def test_eval_loader_normalises_and_keeps_the_order():
     assert torch.cat([batch.targets for batch in batches]).tolist() == list(images.targets)
     expected = (torch.tensor(np.asarray(images.load(0, channels=1))) / 255 - 0.5) / 0.25
     torch.testing.assert_close(batches[0].images[0, 0], expected)
+
+
+def test_a_process_that_reads_images_and_dies_is_one_line(tmp_path, monkeypatch):
+    images = open_dataset(make_folder(tmp_path), "val")
+    monkeypatch.setattr(type(images), "load", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(ChildProcessError, match=r"one of the 1 processes that read images has died.*fewer --workers"):
+        list(eval_loader(images, GREY_8, batch_size=4, workers=1))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -48,7 +48,7 @@ def test_scan_is_that_of_the_atrous_order():
     """Cells of 2×2 tokens, one map a direction, are a cheaper way to say what the order's table says."""
     ssm = (mixer := AtrousSS2D(4, expand=1)).ssm
     x = torch.randn(2, 6 * 4, 4)
-    dt, B, C = ssm.x_proj(x).unflatten(-1, (4, -1)).split([1, 16, 16], dim=-1)
+    dt, B, C = ssm.x_proj(x).split([1, 16, 16], dim=-1)
     expected = directional_scan(
         x,
         dt,

@@ -299,6 +299,9 @@ class _Loader(DataLoader):
         config: Input of the model.
         device: Where to normalise.
         options: Of `DataLoader`.
+
+    Raises:
+        ChildProcessError: A process that reads images has died.
     """
 
     def __init__(self, dataset: Dataset, *, config: InputConfig, device: torch.device, **options: Any) -> None:
@@ -313,10 +316,19 @@ class _Loader(DataLoader):
         self._normalise = Normalise(config.mean, config.std, device=device)
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  DataLoader names its own class
-        return map(self._finish, super().__iter__())
+        return self._finished(super().__iter__())
 
-    def _finish(self, raw: _RawBatch) -> Batch:
-        return Batch(self._normalise(raw.pixels), raw.targets, raw.indices, raw.unreadable)
+    def _finished(self, batches: Iterator[_RawBatch]) -> Iterator[Batch]:
+        try:
+            for raw in batches:
+                yield Batch(self._normalise(raw.pixels), raw.targets, raw.indices, raw.unreadable)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise ChildProcessError(
+                f"one of the {self.num_workers} processes that read images has died, perhaps for want of memory; try "
+                f"fewer --workers ({str(error).partition('. ')[0]})"
+            ) from error
 
 
 def _collate(items: Sequence[_Item], *, shape: tuple[int, int, int]) -> _RawBatch:

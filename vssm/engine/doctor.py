@@ -28,6 +28,7 @@ PURPOSES = {
     "demo": "the embedded digits: vssm demo, training without data",
     "export": "programs for other runtimes",
     "mm": "mmdetection and mmsegmentation",
+    "docs": "the documentation as a site",
     "dev": "tests and checks",
 }
 
