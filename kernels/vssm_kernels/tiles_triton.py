@@ -11,7 +11,7 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-RANKS = tl.constexpr(16)  # of dt in one product; with more than two of 32, or 64 at once, Triton 3.6 computes wrong
+RANKS = tl.constexpr(16)  # of dt in one product; of two over 32, or one over 64, Triton 3.6 makes wrong code
 
 
 @triton.jit

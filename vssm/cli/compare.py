@@ -21,7 +21,7 @@ from vssm.engine.classifier import load
 from vssm.engine.compare import curve_of, draw_comparison, group_records, measured
 from vssm.engine.evaluate import validate
 from vssm.engine.records import environment, print_table, write_results
-from vssm.engine.tallies import Hits
+from vssm.engine.tallies import Answers
 
 _COLUMNS = ["group", "runs", "images", "top1", "difference", "difference_low", "difference_high"]
 _WEIGHTS = "final.safetensors"
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     def hits_of(folder: Path) -> np.ndarray:
         classifier = load(folder / _WEIGHTS)
         models[folder] = classifier.spec.model
-        hits = Hits()
+        answers = Answers()
         validate(
             classifier,
             args.data,
@@ -70,9 +70,10 @@ def run(args: argparse.Namespace) -> int:
             workers=args.workers,
             amp_dtype=dtype,
             options=data_options(args),
-            tallies=[hits],
+            tallies=[answers],
         )
-        return np.array(hits.in_order())
+        targets, found = answers.in_order()
+        return (found == targets).numpy()
 
     records = group_records(measured(groups, hits_of))
     facts = {"data": args.data.name if args.data else "embedded digits", "amp_dtype": args.amp_dtype or "float32"}

@@ -17,9 +17,10 @@ from tqdm import tqdm
 
 from vssm.data import DataOptions, LabelledImages, open_dataset
 from vssm.data.images import SomeImages
-from vssm.data.loaders import Batch, ReadingCheck, eval_loader
+from vssm.data.loaders import ReadingCheck, eval_loader
 from vssm.engine.classifier import Classifier, load, save
 from vssm.engine.evaluate import evaluate, open_for
+from vssm.engine.tallies import Answers
 from vssm.engine.timing import measure_by_turns
 from vssm.quantization import compact, quantize
 from vssm_kernels.backend import backend_name
@@ -106,17 +107,6 @@ def quantize_classifier(
     return facts | layers | shares | _sizes(classifier.model, path) | _compare(classifier, path, held_out, setting)
 
 
-class _Answers:
-    """Collects the class that a model finds most probable for each image."""
-
-    def __init__(self) -> None:
-        self.found: list[Tensor] = []
-
-    def update(self, logits: Tensor, batch: Batch) -> None:
-        """Takes in the logits (b, classes) of a batch."""
-        self.found.append(logits.argmax(-1))
-
-
 def _calibration_images(
     classifier: Classifier, data_dir: str | os.PathLike | None, count: int, options: DataOptions
 ) -> LabelledImages:
@@ -156,7 +146,7 @@ def _compare(classifier: Classifier, path: Path, held_out: LabelledImages, setti
     both = {"float_": classifier, "": load(path)}
     record, answers = {}, []
     for prefix, each in both.items():
-        model, tally = each.model.to(setting.device), _Answers()
+        model, tally = each.model.to(setting.device), Answers()
         loader = eval_loader(
             held_out,
             each.config,
@@ -167,7 +157,7 @@ def _compare(classifier: Classifier, path: Path, held_out: LabelledImages, setti
         metrics = evaluate(model, loader, source=held_out.source, device=setting.device, tallies=[tally])
         record |= {f"{prefix}{name}": metrics[name] for name in ("top1", "top5", "loss", "correct_top1")}
         record["images"] = metrics["images"]
-        answers.append(torch.cat(tally.found))
+        answers.append(tally.in_order()[1])
     record["agreement"] = 100 * (answers[0] == answers[1]).double().mean().item()
     return record | _latencies(both, setting)
 

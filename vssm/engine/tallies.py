@@ -72,20 +72,21 @@ class PerClass:
         }
 
 
-class Hits:
-    """Remembers of each image whether the answer is right."""
+class Answers:
+    """Remembers the class of each image and the one that the model finds most probable."""
 
     def __init__(self) -> None:
-        self._right: dict[int, bool] = {}
+        self._found: dict[int, tuple[int, int]] = {}
 
     def update(self, logits: Tensor, batch: Batch) -> None:
         """Takes in a batch with its logits (b, classes), on the CPU."""
-        right = logits.argmax(-1) == batch.targets
-        self._right.update(zip(batch.indices.tolist(), right.tolist(), strict=True))
+        pairs = zip(batch.targets.tolist(), logits.argmax(-1).tolist(), strict=True)
+        self._found.update(zip(batch.indices.tolist(), pairs, strict=True))
 
-    def in_order(self) -> list[bool]:
-        """One answer per image, in the order of the data set."""
-        return [self._right[index] for index in sorted(self._right)]
+    def in_order(self) -> tuple[Tensor, Tensor]:
+        """Classes and answers (images,), in the order of the data set."""
+        targets, answers = torch.tensor([self._found[index] for index in sorted(self._found)]).T
+        return targets, answers
 
 
 class RealLabels:
