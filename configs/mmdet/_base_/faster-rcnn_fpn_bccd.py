@@ -1,4 +1,4 @@
-# Faster R-CNN from scratch for 600 steps of 8 images on BCCD, 205 photographs of blood cells, at half their size. A
+# Faster R-CNN from scratch for 300 steps of 8 images on BCCD, 205 photographs of blood cells, at half their size. A
 # batch is of one shape always, so that kernels are compiled once.
 _base_ = ["mmdet::_base_/models/faster-rcnn_r50_fpn.py", "mmdet::_base_/default_runtime.py"]
 custom_imports = dict(imports=["vssm.openmmlab"], allow_failed_imports=False)
@@ -67,7 +67,7 @@ test_dataloader = dict(
 )
 val_evaluator = dict(type="CocoMetric", ann_file="data/bccd/annotations/val.json", metric="bbox")
 test_evaluator = dict(type="CocoMetric", ann_file="data/bccd/annotations/test.json", metric="bbox")
-train_cfg = dict(type="IterBasedTrainLoop", max_iters=600, val_interval=600)
+train_cfg = dict(type="IterBasedTrainLoop", max_iters=300, val_interval=300)
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
 optim_wrapper = dict(
@@ -78,8 +78,8 @@ optim_wrapper = dict(
     clip_grad=dict(max_norm=5),
 )
 param_scheduler = [
-    dict(type="LinearLR", start_factor=0.01, begin=0, end=100, by_epoch=False),
-    dict(type="CosineAnnealingLR", begin=100, end=600, T_max=500, eta_min=0, by_epoch=False),
+    dict(type="LinearLR", start_factor=0.01, begin=0, end=30, by_epoch=False),
+    dict(type="CosineAnnealingLR", begin=30, end=300, T_max=270, eta_min=0, by_epoch=False),
 ]
-default_hooks = dict(checkpoint=dict(by_epoch=False, interval=600))
+default_hooks = dict(checkpoint=dict(by_epoch=False, interval=300))
 log_processor = dict(by_epoch=False)
