@@ -13,12 +13,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from vssm_kernels.tables import cached
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 SIGNS = tl.constexpr(-0x7FFF8000)  # the sign bits of two packed numbers
@@ -46,6 +43,7 @@ BUSY = 2048
 
 # Of which kernels learn nothing: they are compiled once for all maps.
 SIZES = ("heads", "height", "width", "dilation_y", "dilation_x", "tiles_y", "tiles_x", "samples", "blocks", "chunk")
+COUNTS = ("groups", "cells", "dilation", "inner")
 
 
 @triton.jit
@@ -448,6 +446,33 @@ def attention_biases_kernel(
     tl.store(sums + at, gradient, mask=is_query[:, None] & seen)
 
 
+@triton.jit(do_not_specialize=COUNTS)
+def attention_offsets_kernel(
+    sums, totals, groups, cells, dilation, inner,
+    group_stride, outer_stride, inner_stride, cell_stride, slot_stride, outer_total, inner_total, offset_total,
+    WINDOW: tl.constexpr, OFFSETS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Writes totals (outer, inner, 2·window − 1): over groups and cells of an axis, of the neighbours at each offset.
+
+    What neighbours have is in sums (groups, outer, inner, cells, window). Both may have any strides.
+    """
+    outer, inner = (tl.program_id(0) // inner).to(tl.int64), tl.program_id(0) % inner
+    sums += outer * outer_stride + inner * inner_stride
+    offset = tl.arange(0, OFFSETS)
+    total = tl.zeros((BLOCK, OFFSETS), tl.float32)
+    for first in range(0, groups * cells, BLOCK):
+        index = first + tl.arange(0, BLOCK)
+        group, cell = index // cells, index % cells
+        rank = cell // dilation
+        start = _start(rank, _members(cells, dilation, cell % dilation), WINDOW)
+        slot = (rank - start - (WINDOW - 1))[:, None] + offset[None, :]
+        exists = (slot >= 0) & (slot < WINDOW) & (group < groups)[:, None]
+        at = (group.to(tl.int64) * group_stride + cell * cell_stride)[:, None] + slot * slot_stride
+        total += tl.load(sums + at, mask=exists, other=0.0)
+    at = outer * outer_total + inner * inner_total + offset * offset_total
+    tl.store(totals + at, tl.sum(total, 0), mask=offset < 2 * WINDOW - 1)
+
+
 def forward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor, *, size: Sequence[int], window: int, dilation: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
@@ -549,7 +574,7 @@ class _Launch:
         return Tiling.of(*self._members, window=self._arguments["WINDOW"], config=config)
 
     def sums_of_pairs(self, lse: Tensor, dots: Tensor) -> Tensor:
-        """Gradients of scores, summed over samples, (heads, h, w, window, window)."""
+        """Gradients of scores, summed over chunks of samples, (chunks, heads, h, w, window, window)."""
         tiling = self.tiling(BIASES)
         programs = self._grids * math.prod(tiling.tiles) * tiling.blocks
         chunk = -(-self._samples // max(1, min(self._samples, -(-BUSY // programs)))) or 1
@@ -558,7 +583,7 @@ class _Launch:
         counts = {"samples": self._samples, "chunk": chunk, "blocks": tiling.blocks}
         tensors = {"lse": lse, "dots": dots, "sums": sums}
         self.run(attention_biases_kernel, BIASES, groups=groups, parts=tiling.blocks, **tensors, **counts)
-        return sums.sum(0)
+        return sums
 
 
 @dataclass(frozen=True)
@@ -630,20 +655,32 @@ def _lacks_products(device: torch.device, tensors: Iterable[Tensor]) -> bool:
 
 
 def _sum_of_biases(sums: Tensor, *, window: int, dilation: Sequence[int]) -> Tensor:
-    """Gradients of biases from those of the scores of each query, (heads, h, w, window, window), without atomics."""
-    heads, height, width, *_ = sums.shape
+    """Gradients of biases from those of scores, (groups, heads, h, w, window, window), without atomics."""
+    _, heads, height, *_ = sums.shape
     side = 2 * window - 1
-    columns = _slots(width, window, dilation[1], device=sums.device)[None, None, :, None]
-    sums = F.pad(sums, (0, 1)).gather(4, columns.expand(heads, height, width, window, side)).sum(2)
-    rows = _slots(height, window, dilation[0], device=sums.device)[None, :, :, None]
-    return F.pad(sums, (0, 0, 0, 1)).gather(2, rows.expand(heads, height, side, side)).sum(1)
+    rows = sums.new_empty(heads, height, window, side)
+    _sum_of_offsets(sums.flatten(1, 2).transpose(2, 3), rows.flatten(0, 1), dilation[1])
+    biases = sums.new_empty(heads, side, side)
+    _sum_of_offsets(rows[None].permute(0, 1, 4, 2, 3), biases.transpose(1, 2), dilation[0])
+    return biases
 
 
-@cached
-def _slots(cells: int, window: int, dilation: int, *, device: torch.device) -> Tensor:
-    """Which neighbour of each cell of an axis has each of the biases, (cells, 2·window − 1); number window for none."""
-    cell = torch.arange(cells, device=device)[:, None]
-    ranks, members = cell // dilation, (cells - cell % dilation + dilation - 1) // dilation
-    starts = (ranks - window // 2).clamp(min=0).minimum(members - window)
-    slots = ranks - starts + torch.arange(1 - window, window, device=device)
-    return torch.where((slots >= 0) & (slots < window), slots, window)
+def _sum_of_offsets(sums: Tensor, totals: Tensor, dilation: int) -> None:
+    """Writes totals (outer, inner, offsets) of sums (groups, outer, inner, cells, window)."""
+    groups, outer, inner, cells, window = sums.shape
+    strides = dict(zip(("group", "outer", "inner", "cell", "slot"), sums.stride(), strict=True))
+    total_strides = dict(zip(("outer", "inner", "offset"), totals.stride(), strict=True))
+    with torch.accelerator.device_index(sums.device.index):
+        attention_offsets_kernel[(outer * inner,)](
+            sums,
+            totals,
+            groups,
+            cells,
+            dilation,
+            inner,
+            **{f"{name}_stride": stride for name, stride in strides.items()},
+            **{f"{name}_total": stride for name, stride in total_strides.items()},
+            WINDOW=window,
+            OFFSETS=triton.next_power_of_2(2 * window - 1),
+            BLOCK=64,
+        )

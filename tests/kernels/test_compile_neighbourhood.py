@@ -63,3 +63,10 @@ def test_h100_has_registers_enough(name, grid, tmp_path):
 )
 def test_every_switch(name, dtype, switches):
     assert _compile(name, H100, dtype, "dilated", **switches).asm
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: f"{target.backend}-{target.arch}")
+def test_sums_of_offsets(target):
+    type_of = lambda argument: "*fp32" if argument in ("sums", "totals") else "i32"  # noqa: E731
+    constants = {"WINDOW": 11, "OFFSETS": 32, "BLOCK": 64}
+    assert compile_kernel(kernels.attention_offsets_kernel, target, constants, type_of).asm
