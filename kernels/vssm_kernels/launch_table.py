@@ -19,6 +19,7 @@ from vssm_kernels.scan_call import ScanCall
 
 _logger = logging.getLogger("vssm")
 _forced: "LaunchConfig | None" = None
+_batch: int | None = None
 
 _FEW = {"forward": 1000, "backward": 528}  # programs, below which sequences are cut or warps share states
 _WAVE = {"forward": 1584, "backward": 1056}  # programs that an H100 holds at once: 12 or 8 a multiprocessor
@@ -134,15 +135,27 @@ def forced(config: LaunchConfig) -> Iterator[None]:
         _forced = before
 
 
+@contextmanager
+def of_batch(batch: int) -> Iterator[None]:
+    """Makes every launch inside use the sizes of calls of so many samples, whatever it has itself."""
+    global _batch
+    before, _batch = _batch, batch
+    try:
+        yield
+    finally:
+        _batch = before
+
+
 def user_table_path() -> Path:
     """Where ``vssm tune`` writes: ``launch_table.json`` in the cache folder."""
     return cache_folder() / "launch_table.json"
 
 
 def _shape_of(call: ScanCall, *, backward: bool) -> _Shape:
+    batch = call.batch if _batch is None else _batch
     return _Shape(
         phase="backward" if backward else "forward",
-        batch=1 << max(0, call.batch - 1).bit_length(),
+        batch=1 << max(0, batch - 1).bit_length(),
         sequences=call.sequences,
         width=call.width,
         states=call.states,

@@ -22,6 +22,17 @@ def add_shapes(parser: argparse._ActionsContainer, default: str) -> None:
     parser.add_argument("--shapes", type=shapes, default=default, metavar="SET|FILE|SIZES", help=_SHAPES_HELP)
 
 
+def add_jobs(parser: argparse._ActionsContainer) -> None:
+    """Adds ``--jobs``."""
+    parser.add_argument(
+        "--jobs",
+        type=positive_int,
+        metavar="N",
+        help="processes that compile kernels for a GPU, 1 for none but this (default: one per core, up to 16 and as "
+        "the GPU's memory allows)",
+    )
+
+
 def shapes(text: str) -> list[OpShape]:
     """Type of ``--shapes``: a named set, a file or sizes."""
     return _read(read_shapes, text)

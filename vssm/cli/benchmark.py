@@ -130,6 +130,7 @@ def _add_op_arguments(group: argparse._ArgumentGroup) -> None:
         default=True,
         help="on a GPU, time replays of CUDA graphs, without the gaps between launches",
     )
+    _op_options.add_jobs(group)
 
 
 def _add_loader_arguments(parser: argparse.ArgumentParser) -> None:
@@ -188,6 +189,7 @@ def _benchmark_op(args: argparse.Namespace, device: torch.device) -> list[dict]:
         graph=args.graph,
         warmup=args.warmup,
         repeats=args.repeats,
+        processes=args.jobs,
     )
     if args.op == "scan":
         records = benchmark_op(args.shapes, setting, anchors=args.anchors)

@@ -30,12 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", type=Path, metavar="FILE", help="table to extend; the one that scans read otherwise"
     )
     parser.add_argument("--force", action="store_true", help="search again what the table holds")
-    parser.add_argument(
-        "--jobs",
-        type=positive_int,
-        metavar="N",
-        help="processes that compile (default: one per core, up to 16 and as the GPU's memory allows)",
-    )
+    _op_options.add_jobs(parser)
     parser.add_argument("--device", type=device, help="cuda, cuda:1 ...; the first GPU by default")
     parser.add_argument("--warmup", type=positive_int, default=1, help="calls before the timed ones")
     parser.add_argument("--repeats", type=_op_options.repeats, default=10, help="timed calls; the median counts")
@@ -44,9 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Searches, writes the table after every search, prints what was found; fails where nothing works."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    setting = OpSetting(_gpu(args.device), warmup=args.warmup, repeats=args.repeats)
+    setting = OpSetting(_gpu(args.device), warmup=args.warmup, repeats=args.repeats, processes=args.jobs)
     with use_backend("auto"):  # whatever the environment asks for
-        records = tune(args.shapes, setting, dtypes=args.dtype, path=args.output, force=args.force, processes=args.jobs)
+        records = tune(args.shapes, setting, dtypes=args.dtype, path=args.output, force=args.force)
     print_table(records, _COLUMNS)
     return int(any(record["config"] is None for record in records))
 

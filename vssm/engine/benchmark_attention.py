@@ -1,7 +1,6 @@
 """Speed and memory of neighbourhood attention alone."""
 
 from collections.abc import Sequence
-from functools import partial
 
 from vssm.engine.attention_subjects import AttentionShape, attention_subjects, log_left_out
 from vssm.engine.benchmark_op import OpSetting, benchmark_subjects
@@ -18,4 +17,4 @@ def benchmark_attention(shapes: Sequence[AttentionShape], setting: OpSetting) ->
         One record per shape and subject: ``op``, the sizes, and what else records of `benchmark_op` have.
     """
     log_left_out(setting.against)
-    return benchmark_subjects([(shape, partial(attention_subjects, shape)) for shape in shapes], setting)
+    return benchmark_subjects(shapes, attention_subjects, setting, compiled=["neighbourhood_attention"])

@@ -2,45 +2,23 @@
 
 import logging
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from vssm.engine.compile_ahead import Compilation, compilers
 from vssm.engine.op_limits import Limits, measure_limits
-from vssm.engine.op_shapes import Anchor, OpShape
-from vssm.engine.op_subjects import Subject, log_left_out, subjects
+from vssm.engine.op_shapes import Anchor, OpShape, Shape
+from vssm.engine.op_subjects import PHASES, SubjectsOf, compiled_subjects, log_left_out, phase_calls, subjects
 from vssm.engine.records import environment
 from vssm.engine.timing import captured, measure_memory, measure_time
-
-PHASES = ("forward", "backward", "forward_backward")
+from vssm_kernels.backend import backend_name
 
 _logger = logging.getLogger(__name__)
-
-
-class Shape(Protocol):
-    """Sizes of one call of an op, and what is known of its work."""
-
-    @property
-    def tokens(self) -> int:
-        """In all samples."""
-        ...
-
-    @property
-    def special_functions(self) -> int:
-        """How many a pass computes at least."""
-        ...
-
-    def _asdict(self) -> dict[str, Any]:
-        """The sizes, by name."""
-        ...
-
-
-SubjectsOf = Callable[[torch.device, torch.dtype, Sequence[str]], Iterable[Subject]]
 
 
 class OpSetting(NamedTuple):
@@ -53,6 +31,7 @@ class OpSetting(NamedTuple):
         graph: On a GPU, time replays of a CUDA graph, without the gaps between the launches of the host.
         warmup: Calls before the timed ones.
         repeats: Timed calls.
+        processes: How many compile kernels ahead; chosen by cores and the GPU's memory when not given.
     """
 
     device: torch.device
@@ -61,6 +40,7 @@ class OpSetting(NamedTuple):
     graph: bool = True
     warmup: int = 3
     repeats: int = 20
+    processes: int | None = None
 
 
 def benchmark_op(
@@ -86,22 +66,31 @@ def benchmark_op(
         anchor's times and speedups where there is one, and the environment.
     """
     log_left_out(shapes, setting.device, setting.against)
-    records = benchmark_subjects([(shape, partial(subjects, shape)) for shape in shapes], setting)
+    records = benchmark_subjects(shapes, subjects, setting, compiled=compiled_subjects(setting.against))
     sizes = [OpShape(*(record[name] for name in OpShape._fields)).sizes for record in records]
     return [record | _beside(record, (anchors or {}).get(found)) for record, found in zip(records, sizes, strict=True)]
 
 
-def benchmark_subjects(work: Sequence[tuple[Shape, SubjectsOf]], setting: OpSetting) -> list[dict]:
-    """Times what there is to be measured at each of some shapes.
+def benchmark_subjects(
+    shapes: Sequence[Shape], subjects_of: SubjectsOf, setting: OpSetting, *, compiled: Sequence[str]
+) -> list[dict]:
+    """Times what there is to be measured at each of some shapes, after the kernels have been compiled side by side.
+
+    Args:
+        shapes: Sizes.
+        subjects_of: What there is at one of them.
+        setting: How to measure.
+        compiled: Names of the subjects whose kernels Triton compiles.
 
     Returns:
         Records as of `benchmark_op`, without anchors.
     """
+    _compile_ahead(shapes, subjects_of, setting, compiled)
     with side_stream(setting.device):
         limits = measure_limits(setting.device)
         surroundings = {"copy_gb_per_s": limits.copy_gb_per_s} | environment(setting.device)
         records = []
-        for shape, subjects_of in tqdm(work, desc="measuring", leave=False, disable=not sys.stderr.isatty()):
+        for shape in tqdm(shapes, desc="measuring", leave=False, disable=not sys.stderr.isatty()):
             records += _benchmark(shape, subjects_of, setting, limits)
         return [record | surroundings for record in records]
 
@@ -109,25 +98,6 @@ def benchmark_subjects(work: Sequence[tuple[Shape, SubjectsOf]], setting: OpSett
 def side_stream(device: torch.device) -> AbstractContextManager:
     """A stream on which graphs can be captured: backward runs on the stream of its forward, but never the default."""
     return torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()
-
-
-def phase_calls(subject: Subject) -> dict[str, Callable[[], Sequence[Tensor]]]:
-    """What is timed of a subject, by the names of `PHASES`: calls that return the result, or the gradients."""
-
-    def forward() -> Sequence[Tensor]:
-        with torch.no_grad():
-            return [subject.call()]
-
-    result = subject.call()
-    upstream = torch.randn_like(result)
-
-    def backward() -> Sequence[Tensor]:
-        return torch.autograd.grad(result, subject.inputs, upstream, retain_graph=True)
-
-    def forward_backward() -> Sequence[Tensor]:
-        return torch.autograd.grad(subject.call(), subject.inputs, upstream)
-
-    return dict(zip(PHASES, (forward, backward, forward_backward), strict=True))
 
 
 def measure_kernels(call: Callable[[], object], setting: OpSetting) -> tuple[dict[str, float], bool]:
@@ -143,10 +113,26 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return float((actual.double() - expected.double()).norm() / expected.double().norm())
 
 
+def _compile_ahead(
+    shapes: Sequence[Shape], subjects_of: SubjectsOf, setting: OpSetting, compiled: Sequence[str]
+) -> None:
+    """Forward passes first: backward ones need their kernels, too, and find them in the cache by then."""
+    if backend_name(setting.device.type) != "triton":
+        return
+    work = [
+        Compilation(shape, subjects_of, op, phase, setting.dtype)
+        for phase in ("forward", "backward")
+        for shape in shapes
+        for op in compiled
+    ]
+    with compilers(setting.device, setting.processes) as ahead:
+        ahead.compile(work)
+
+
 def _benchmark(shape: Shape, subjects_of: SubjectsOf, setting: OpSetting, limits: Limits) -> list[dict]:
     """One record per subject at one shape."""
     records, results = {}, {}
-    for subject in subjects_of(setting.device, setting.dtype, setting.against):
+    for subject in subjects_of(shape, setting.device, setting.dtype, setting.against):
         try:
             with subject.context():
                 calls = phase_calls(subject)

@@ -1,23 +1,48 @@
-"""Compiles candidates for launch sizes in several processes, since timing them one by one would mostly be waiting."""
+"""Compiles kernels in several processes before they are timed, since timing them at once would mostly be waiting."""
 
+import logging
+import math
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, suppress
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from multiprocessing import get_context
+from typing import NamedTuple
 
 import torch
+from tqdm import tqdm
 
-from vssm.engine.benchmark_op import phase_calls
-from vssm.engine.op_shapes import OpShape
-from vssm.engine.op_subjects import subjects
+from vssm.engine.op_shapes import Shape
+from vssm.engine.op_subjects import SubjectsOf, phase_calls
 from vssm_kernels import launch_table, use_backend
 from vssm_kernels.launch_table import LaunchConfig
 
-_TOKENS = 144  # of a call that only compiles: a square, of several tiles
+_logger = logging.getLogger(__name__)
 _MOST = 16
-_MEMORY = 2**30  # bytes on the GPU that a process takes
+_MEMORY = 2 * 2**30  # bytes on the GPU that a process takes: its context, and a call of a few samples
+
+
+class Compilation(NamedTuple):
+    """A call that needs kernels compiled.
+
+    Args:
+        shape: Its sizes.
+        subjects: What there is at a shape.
+        op: Name of the subject that is called.
+        phase: forward or backward.
+        dtype: Of the inputs.
+        config: Launch sizes to try; those that the call itself would take when not given.
+    """
+
+    shape: Shape
+    subjects: SubjectsOf
+    op: str
+    phase: str
+    dtype: torch.dtype
+    config: LaunchConfig | None = None
 
 
 class Compilers:
@@ -32,21 +57,21 @@ class Compilers:
         self.pool = pool
         self.device = device
 
-    def compile(
-        self, shape: OpShape, *, op: str, phase: str, dtype: torch.dtype, configs: Sequence[LaunchConfig]
-    ) -> None:
-        """Compiles what a call needs with each of the sizes; what fails will fail again where it is timed.
+    def compile(self, work: Sequence[Compilation]) -> None:
+        """Compiles what the calls need, with a bar; what fails will fail again where it is timed.
 
-        Args:
-            shape: Sizes of the call.
-            op: Name of the function, as `subjects` has it.
-            phase: forward or backward.
-            dtype: Of the inputs.
-            configs: Launch sizes.
+        Processes that die, as those of a script do whose body is not under ``if __name__ == "__main__"``, leave the
+        compiling to the timed calls, with a line in the log.
         """
-        if self.pool is not None:
-            run = partial(compile_one, shape, op, phase, dtype, self.device)
-            list(self.pool.map(run, configs))
+        if self.pool is None:
+            return
+        done = self.pool.map(partial(compile_one, self.device), work)
+        try:
+            for _ in tqdm(done, total=len(work), desc="compiling", leave=False, disable=not sys.stderr.isatty()):
+                pass
+        except BrokenProcessPool:
+            _logger.warning("processes that compile kernels died: each is compiled when it is first timed")
+            self.pool = None
 
 
 @contextmanager
@@ -69,16 +94,25 @@ def compilers(device: torch.device, processes: int | None = None) -> Iterator[Co
         pool.shutdown(cancel_futures=True)
 
 
-def compile_one(
-    shape: OpShape, op: str, phase: str, dtype: torch.dtype, device: torch.device, config: LaunchConfig
-) -> None:
-    """Makes the smallest call that compiles the same kernels: they do not depend on batch and length."""
-    small = shape._replace(b=1, l=min(shape.l, _TOKENS))
-    with use_backend("auto"), suppress(Exception):
-        [subject] = [each for each in subjects(small, device, dtype) if each.name == op]
-        call = phase_calls(subject)[phase]
-        with launch_table.forced(config):
+def compile_one(device: torch.device, work: Compilation) -> None:
+    """Makes a call of a few samples that compiles the kernels of the whole one.
+
+    Launch sizes are those for its batch. All other sizes are its own, since Triton compiles some of the small kernels
+    anew where lengths, strides and products with them are multiples of 16.
+    """
+    small = work.shape._replace(b=_few(work.shape.b))
+    tried = nullcontext() if work.config is None else launch_table.forced(work.config)
+    with use_backend("auto"), launch_table.of_batch(work.shape.b), suppress(Exception):
+        subject = next(each for each in work.subjects(small, device, work.dtype, [work.op]) if each.name == work.op)
+        call = phase_calls(subject)[work.phase]
+        with tried:
             call()
+
+
+def _few(batch: int) -> int:
+    """The smallest batch that makes the same products multiples of 16, and is 1 only if ``batch`` is."""
+    common = math.gcd(batch, 16)
+    return 3 if common == 1 < batch else common
 
 
 def _fitting(device: torch.device) -> int:

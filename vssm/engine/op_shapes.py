@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +16,33 @@ _LINE_ORDERS = ("row", "bidirectional")  # the same on a grid as on a line of to
 _SIZES = ("b", "k", "d", "n", "l")
 _TOTAL_TOKENS = 2**17
 _INLINE = re.compile(r"\d+(,\d+){3}(;\d+(,\d+){3})*")
+
+
+class Shape(Protocol):
+    """Sizes of one call of an op, and what is known of its work."""
+
+    @property
+    def b(self) -> int:
+        """Batch."""
+        ...
+
+    @property
+    def tokens(self) -> int:
+        """In all samples."""
+        ...
+
+    @property
+    def special_functions(self) -> int:
+        """How many a pass computes at least."""
+        ...
+
+    def _asdict(self) -> dict[str, Any]:
+        """The sizes, by name."""
+        ...
+
+    def _replace(self, *, b: int) -> "Shape":
+        """The same with another batch."""
+        ...
 
 
 class OpShape(NamedTuple):

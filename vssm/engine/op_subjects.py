@@ -17,6 +17,7 @@ from vssm_kernels import directional_scan, selective_scan, use_backend
 from vssm_kernels.reference import selective_scan_ref
 
 RIVALS = ("loop", "torch", "mamba_ssm", "official")
+PHASES = ("forward", "backward", "forward_backward")
 
 _logger = logging.getLogger(__name__)
 _STEP_RANGE = (1e-3, 1e-1)
@@ -40,6 +41,9 @@ class Subject(NamedTuple):
     as_tokens: Callable[[Tensor], Tensor]
     context: Callable[[], AbstractContextManager] = nullcontext
     facts: dict[str, str] = {}  # noqa: RUF012  never written to
+
+
+SubjectsOf = Callable[..., Iterator[Subject]]  # of a shape, the device, the dtype and names of rivals
 
 
 class TokenInputs(NamedTuple):
@@ -82,6 +86,30 @@ def subjects(
             yield _sequence_subject("mamba_ssm", scan, sequences, order)
         elif name == "official" and (shape.order == "cross" or shape.k == 1):
             yield _official_subject(shape, tokens, order)
+
+
+def compiled_subjects(against: Sequence[str] = ()) -> list[str]:
+    """Names of the subjects that run kernels of Triton: our two functions, and the composition around one of them."""
+    return ["directional_scan", "selective_scan", *(name for name in against if name == "official")]
+
+
+def phase_calls(subject: Subject) -> dict[str, Callable[[], Sequence[Tensor]]]:
+    """What is timed of a subject, by the names of `PHASES`: calls that return the result, or the gradients."""
+
+    def forward() -> Sequence[Tensor]:
+        with torch.no_grad():
+            return [subject.call()]
+
+    result = subject.call()
+    upstream = torch.randn_like(result)
+
+    def backward() -> Sequence[Tensor]:
+        return torch.autograd.grad(result, subject.inputs, upstream, retain_graph=True)
+
+    def forward_backward() -> Sequence[Tensor]:
+        return torch.autograd.grad(subject.call(), subject.inputs, upstream)
+
+    return dict(zip(PHASES, (forward, backward, forward_backward), strict=True))
 
 
 def log_left_out(shapes: Sequence[OpShape], device: torch.device, against: Sequence[str]) -> None:

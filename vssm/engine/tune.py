@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
-from vssm.engine.benchmark_op import OpSetting, measure_kernels, phase_calls, relative_error, side_stream
-from vssm.engine.compile_ahead import compilers
+from vssm.engine.benchmark_op import OpSetting, measure_kernels, relative_error, side_stream
+from vssm.engine.compile_ahead import Compilation, compilers
 from vssm.engine.op_shapes import OpShape
-from vssm.engine.op_subjects import Subject, subjects
+from vssm.engine.op_subjects import Subject, phase_calls, subjects
 from vssm.engine.records import environment
 from vssm.files import atomic_path
 from vssm_kernels import launch_table, use_backend
@@ -36,6 +36,11 @@ class _Job(NamedTuple):
     call: Callable[[], Sequence[Tensor]]
     facts: dict[str, Any]
 
+    def compilation(self, config: LaunchConfig) -> Compilation:
+        """What it needs of the compiler with these sizes."""
+        op, phase, dtype = (self.facts[name] for name in ("op", "phase", "dtype"))
+        return Compilation(self.shape, subjects, op, phase, getattr(torch, dtype), config)
+
 
 def tune(
     shapes: Sequence[OpShape],
@@ -44,7 +49,6 @@ def tune(
     dtypes: Sequence[torch.dtype],
     path: Path | None = None,
     force: bool = False,
-    processes: int | None = None,
 ) -> list[dict]:
     """Times every candidate configuration of both passes of both public functions, and writes the fastest.
 
@@ -58,7 +62,6 @@ def tune(
         dtypes: Of the inputs.
         path: The table; the one that the kernels read when not given.
         force: Search again what the table already holds for this device and version.
-        processes: How many compile candidates ahead of timing; chosen by cores and the GPU's memory when not given.
 
     Returns:
         One record per shape, dtype, function and pass: ``op``, the sizes, ``dtype``, ``phase``, ``key``; unless it was
@@ -72,14 +75,13 @@ def tune(
     surroundings = environment(setting.device)
     device_name, version = str(surroundings["device_name"]), surroundings["vssm"]
     records = []
-    with compilers(setting.device, processes) as ahead, side_stream(setting.device):
+    with compilers(setting.device, setting.processes) as ahead, side_stream(setting.device):
         bar = tqdm(total=4 * len(shapes) * len(dtypes), desc="tuning", disable=not sys.stderr.isatty())
         for job, expected in _jobs(shapes, setting.device, dtypes):
             held = read_table(path).get(device_name, {}).get(job.key)
             if force or held is None or held.get("version") != version:
-                dtype = getattr(torch, job.facts["dtype"])
                 configs = launch_table.candidates(job.key)
-                ahead.compile(job.shape, op=job.facts["op"], phase=job.facts["phase"], dtype=dtype, configs=configs)
+                ahead.compile([job.compilation(config) for config in configs])
                 found = _search(job, configs, setting, expected)
                 if found["config"] is not None:
                     _write_entry(path, device_name, job.key, found["config"] | {"ms": found["ms"], "version": version})
