@@ -213,7 +213,7 @@ def test_attention_that_is_compiled_ahead_is_what_is_timed(compiled, batch, dtyp
     for shape in a2mamba_shapes(batch):
         work = Compilation(shape, attention_subjects, "neighbourhood_attention", "forward", dtype)
         assert _same(compiled, work) == 1
-        assert _same(compiled, work._replace(phase="backward")) == 4
+        assert _same(compiled, work._replace(phase="backward")) >= 4
 
 
 def test_sizes_to_try_that_are_compiled_ahead_are_what_is_timed(compiled):
