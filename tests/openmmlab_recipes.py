@@ -43,7 +43,13 @@ def small_config(path, root, work_dir, *, model_name=None):
             _set_channels(cfg.model, [dims[i] for i in cfg.model.backbone.get("out_indices", range(len(dims)))])
         else:
             cfg.model.decode_head.in_channels, cfg.model.auxiliary_head.in_channels = dims, dims[2]
-    _shrink(cfg)
+    backbone = cfg.model.backbone
+    if "window_sizes" in backbone:
+        backbone.window_sizes = (4, 2)  # attention to thousands of tokens
+    attends = backbone.model_name.startswith("a2mamba")
+    if attends:
+        backbone.update(windows=(3, 3, 3, 3), layer_scale=(1.0, 1.0, 1.0, 1.0))
+    _shrink(cfg, scale=2 if attends else 1)  # maps must be as large as windows
     data = cfg.train_dataloader
     data.update(num_workers=0, persistent_workers=False, batch_size=2)
     dataset = data.dataset.get("dataset", data.dataset)  # inside of one that mixes images
@@ -65,6 +71,8 @@ def small_config(path, root, work_dir, *, model_name=None):
     data.sampler = {"type": "InfiniteSampler", "shuffle": False}
     cfg.default_hooks.checkpoint = {"type": "CheckpointHook", "interval": 1, "by_epoch": False}
     cfg.param_scheduler = []
+    if cfg.optim_wrapper.type == "AmpOptimWrapper":
+        cfg.optim_wrapper.type = "OptimWrapper"  # on a CPU there is no other
     cfg.env_cfg.dist_cfg = {"backend": "gloo"}
     cfg.randomness = {"seed": 0}
     cfg.work_dir, cfg.experiment_name = str(work_dir), work_dir.name
@@ -77,7 +85,8 @@ def _set_channels(model, channels):
         model.bbox_head.in_channels = channels
 
 
-def _shrink(cfg):
+def _shrink(cfg, *, scale):
+    height, width = (scale * side for side in SIZE)
     small = {"fc_out_channels": 32, "num_convs": 1, "nms_pre": 50, "max_per_img": 20, "channels": 32}
     for part in _parts(cfg.model):
         for key, value in small.items():
@@ -88,18 +97,18 @@ def _shrink(cfg):
         if part.get("num_classes") in (3, 80):
             part["num_classes"] = 10
     if "size" in cfg.model.get("data_preprocessor", {}):
-        cfg.model.data_preprocessor.size = (64, 64)
+        cfg.model.data_preprocessor.size = (height, height)
     for step in _parts(cfg.train_dataloader.dataset):
         if step.get("type") in ("Mosaic", "VSSMScaleShift"):
-            step["img_scale" if step["type"] == "Mosaic" else "size"] = SIZE[::-1]
+            step["img_scale" if step["type"] == "Mosaic" else "size"] = (width, height)
         if "scale" in step and step["type"] in ("Resize", "RandomResize"):
-            step["scale"] = SIZE[::-1]
+            step["scale"] = (width, height)
         if "scales" in step:
-            step["scales"] = [SIZE[::-1]]
+            step["scales"] = [(width, height)]
         if step.get("type") == "Pad" and "size" in step:
-            step["size"] = SIZE[::-1]
+            step["size"] = (width, height)
         if step.get("type") == "RandomCrop":
-            step["crop_size"] = (64, 64)
+            step["crop_size"] = (height, height)
 
 
 def train_one_step(cfg):

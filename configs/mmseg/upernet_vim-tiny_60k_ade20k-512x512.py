@@ -10,7 +10,7 @@ model = dict(
         pyramid=True,
         out_norm=False,
     ),
-    decode_head=dict(in_channels=[192] * 4),
+    decode_head=dict(in_channels=[192] * 4, channels=192),
     auxiliary_head=dict(in_channels=192),
     test_cfg=dict(mode="slide", crop_size=(512, 512), stride=(341, 341)),
 )

@@ -19,5 +19,6 @@ read_own_checkpoints()
 from vssm.openmmlab.backbone import VSSMBackbone  # noqa: E402  the operators come first
 from vssm.openmmlab.hooks import VSSMChannelCheck  # noqa: E402
 from vssm.openmmlab.optim import VSSMLayerDecay  # noqa: E402
+from vssm.openmmlab.pyramid import VSSMSimplePyramid  # noqa: E402
 
-__all__ = ["VSSMBackbone", "VSSMChannelCheck", "VSSMLayerDecay"]
+__all__ = ["VSSMBackbone", "VSSMChannelCheck", "VSSMLayerDecay", "VSSMSimplePyramid"]
