@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from email.parser import HeaderParser
 from importlib.metadata import version
@@ -35,13 +36,20 @@ def run(*command, cwd, **environment):
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """The wheel of this checkout's sources, built from a copy so that nothing is left behind in the checkout."""
-    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+def sources(tmp_path_factory):
+    """A copy of this checkout's sources, so that building leaves nothing behind in the checkout."""
+    source = tmp_path_factory.mktemp("source")
     clutter = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "golden")
     shutil.copytree(ROOT, source, ignore=clutter, dirs_exist_ok=True)
+    return source
+
+
+@pytest.fixture(scope="module")
+def wheel(sources, tmp_path_factory):
+    """The wheel of the sources."""
+    target = tmp_path_factory.mktemp("wheel")
     pip = (sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation")
-    run(*pip, "--wheel-dir", target, source, cwd=target)
+    run(*pip, "--wheel-dir", target, sources, cwd=target)
     (path,) = target.glob("*.whl")
     with zipfile.ZipFile(path) as archive:
         yield archive
@@ -58,9 +66,19 @@ def test_wheel_holds_every_module_and_the_markers_of_types(wheel):
     sources |= {path.relative_to(kernels).as_posix() for path in (kernels / "vssm_kernels").rglob("*.py")}
     packed = set(wheel.namelist())
     assert sources <= packed
-    assert {"vssm/py.typed", "vssm_kernels/py.typed"} <= packed
+    data = {"vssm/py.typed", "vssm_kernels/py.typed", "vssm_kernels/launch_table.json"}
+    assert data <= packed
     assert any(name.endswith("dist-info/licenses/LICENSE") for name in packed)
-    assert all(name.endswith((".py", ".typed")) for name in packed if ".dist-info/" not in name)
+    assert all(name.endswith(".py") or name in data for name in packed if ".dist-info/" not in name)
+
+
+def test_source_archive_holds_what_is_no_module_too(sources, tmp_path):
+    build = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+    run(sys.executable, "-c", build, tmp_path, cwd=sources)
+    (path,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"vssm/py.typed", "kernels/vssm_kernels/py.typed", "kernels/vssm_kernels/launch_table.json"} <= packed
 
 
 def test_wheel_names_licence_python_and_script(wheel):

@@ -56,6 +56,9 @@ class FakeTable:
     def user_table_path(self) -> Path:
         return self.path
 
+    def device_part(self, device: torch.device) -> str:
+        return f"part of {device}"
+
 
 @pytest.fixture
 def kernels(monkeypatch, tmp_path) -> FakeTable:
@@ -102,6 +105,7 @@ def test_the_fastest_right_candidate_is_written(kernels, caplog):
         assert (record["before_ms"], record["ms"]) == (9.0, 1.0)
         assert rows[record["key"]]["channels"] == 32
         assert rows[record["key"]]["ms"] == 1.0
+        assert rows[record["key"]]["part"] == "part of cpu"
     refusals = [line for line in caplog.messages if "is refused: its result is off by 2.0e+00" in line]
     assert len(refusals) == 4
     assert "Config(channels=128)" in refusals[0]

@@ -1,4 +1,4 @@
-"""Sizes of the Triton launches: those that ``vssm tune`` found on this GPU, and a heuristic for everything else."""
+"""Sizes of the Triton launches: what ``vssm tune`` found here or came with the package, or a heuristic."""
 
 import functools
 import itertools
@@ -54,7 +54,7 @@ class _Shape(NamedTuple):
 
 
 def launch_config(call: ScanCall, *, backward: bool) -> LaunchConfig:
-    """The sizes for one call: those being tried, or from the user's table, or by :func:`heuristic`."""
+    """The sizes for one call: those being tried, of the user's table, of the package's, or of :func:`heuristic`."""
     if _forced is not None:
         return _forced
     return _chosen(_shape_of(call, backward=backward), call.x.device)
@@ -62,14 +62,17 @@ def launch_config(call: ScanCall, *, backward: bool) -> LaunchConfig:
 
 @functools.cache  # a model asks at every call
 def _chosen(shape: _Shape, device: torch.device) -> LaunchConfig:
-    tuned = _user_table(user_table_path(), _device_name(device)).get(_spelled(shape))
-    return heuristic(shape) if tuned is None else tuned
+    spelled = _spelled(shape)
+    for path in (user_table_path(), shipped_table_path()):
+        if (tuned := _table(path, device).get(spelled)) is not None:
+            return tuned
+    return heuristic(shape)
 
 
 def forget() -> None:
-    """Drops what was read of the user's table, so that the next call reads it again."""
+    """Drops what was read of the tables, so that the next call reads them again."""
     _chosen.cache_clear()
-    _user_table.cache_clear()
+    _table.cache_clear()
 
 
 def heuristic(shape: _Shape) -> LaunchConfig:
@@ -151,6 +154,23 @@ def user_table_path() -> Path:
     return cache_folder() / "launch_table.json"
 
 
+def shipped_table_path() -> Path:
+    """The table that comes with the package, beside this file."""
+    return Path(__file__).with_name("launch_table.json")
+
+
+@functools.cache
+def device_part(device: torch.device) -> str:
+    """Architecture and number of multiprocessors, such as ``sm_90 132``; rows of a table serve GPUs that share them."""
+    if device.type != "cuda":
+        return device.type
+    found = torch.cuda.get_device_properties(device)
+    architecture = (
+        f"sm_{found.major}{found.minor}" if torch.version.hip is None else found.gcnArchName.partition(":")[0]
+    )
+    return f"{architecture} {found.multi_processor_count}"
+
+
 def _shape_of(call: ScanCall, *, backward: bool) -> _Shape:
     batch = call.batch if _batch is None else _batch
     return _Shape(
@@ -184,12 +204,17 @@ def _device_name(device: torch.device) -> str:
 
 
 @functools.cache
-def _user_table(path: Path, device_name: str) -> dict[str, LaunchConfig]:
-    """What was tuned for a device; read once, and empty if there is no such table or the file is something else."""
+def _table(path: Path, device: torch.device) -> dict[str, LaunchConfig]:
+    """The rows that serve a device; read once, and none if there is no such table or the file is something else.
+
+    Those are the rows measured on devices of its name and, for keys without one, on others of the same part.
+    """
     names = [field.name for field in fields(LaunchConfig)]
     try:
-        rows = json.loads(path.read_text(encoding="utf-8")).get(device_name, {})
-        return {key: LaunchConfig(**{name: int(row[name]) for name in names}) for key, row in rows.items()}
+        tables = json.loads(path.read_text(encoding="utf-8"))
+        part, own = device_part(device), tables.get(_device_name(device), {})
+        others = {key: row for rows in tables.values() for key, row in rows.items() if row.get("part") == part}
+        return {key: LaunchConfig(**{name: int(row[name]) for name in names}) for key, row in (others | own).items()}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:

@@ -1,8 +1,9 @@
-"""Launch sizes: the heuristic, the user's table, and sizes forced for a trial."""
+"""Launch sizes: the heuristic, the tables of the user and of the package, and sizes forced for a trial."""
 
 import json
 import logging
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def _call(batch: int, directions: int, width: int, states: int, tokens: int, *, 
 
 @pytest.fixture
 def table(monkeypatch, tmp_path):
-    """An empty cache folder; gives the path of its table."""
+    """An empty cache folder; gives the path of its table, which is read anew."""
     monkeypatch.setenv("VSSM_CACHE", str(tmp_path))
     launch_table.forget()
     yield tmp_path / "launch_table.json"
@@ -75,6 +76,63 @@ def test_users_table_is_used_for_its_key(table):
     table.write_text(json.dumps({"meta": {key(call, backward=False): row}, "other": {}}))
     assert launch_config(call, backward=False) == TUNED
     assert launch_config(call, backward=True) != TUNED
+
+
+@pytest.fixture
+def shipped(monkeypatch, table):
+    """The path of another table in place of that of the package."""
+    path = table.with_name("shipped.json")
+    monkeypatch.setattr(launch_table, "shipped_table_path", lambda: path)
+    return path
+
+
+def _rows(call: ScanCall, chunks: int, **facts: str) -> dict:
+    """A row for the forward pass of a call."""
+    return {key(call, backward=False): asdict(TUNED) | {"chunks": chunks, **facts}}
+
+
+def test_users_rows_come_before_those_of_the_package(table, shipped):
+    ours, both, neither = (_call(2, 1, 8, 4, tokens) for tokens in (64, 65, 66))
+    shipped.write_text(json.dumps({"meta": _rows(ours, 3) | _rows(both, 3)}))
+    table.write_text(json.dumps({"meta": _rows(both, 4)}))
+    assert launch_config(ours, backward=False).chunks == 3
+    assert launch_config(both, backward=False).chunks == 4
+    assert launch_config(neither, backward=False) == launch_table.heuristic(
+        launch_table._shape_of(neither, backward=False)
+    )
+
+
+def test_rows_serve_other_devices_of_the_same_part(monkeypatch, shipped):
+    monkeypatch.setattr(launch_table, "device_part", lambda device: "sm_90 132")
+    own, same, other, unknown = (_call(2, 1, 8, 4, tokens) for tokens in (64, 65, 66, 67))
+    rows = {
+        "meta": _rows(own, 3, part="sm_90 132"),
+        "NVIDIA H100": _rows(own, 5, part="sm_90 132") | _rows(same, 5, part="sm_90 132"),
+        "NVIDIA H100 PCIe": _rows(other, 7, part="sm_90 114") | _rows(same, 7) | _rows(unknown, 7),
+    }
+    shipped.write_text(json.dumps(rows))
+    assert launch_config(own, backward=False).chunks == 3
+    assert launch_config(same, backward=False).chunks == 5
+    assert launch_config(other, backward=False).chunks == 1  # of the heuristic
+    assert launch_config(unknown, backward=False).chunks == 1
+
+
+def test_parts_are_architectures_and_multiprocessors(monkeypatch):
+    properties = SimpleNamespace(major=9, minor=0, multi_processor_count=132, gcnArchName="gfx942:sramecc+:xnack-")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert launch_table.device_part.__wrapped__(torch.device("cuda", 0)) == "sm_90 132"
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert launch_table.device_part.__wrapped__(torch.device("cuda", 0)) == "gfx942 132"
+
+
+def test_rows_of_the_package_are_sizes_that_are_worth_a_trial():
+    for device, rows in json.loads(launch_table.shipped_table_path().read_text(encoding="utf-8")).items():
+        for spelled, row in rows.items():
+            sizes = LaunchConfig(**{name: row[name] for name in asdict(TUNED)})
+            assert sizes in candidates(spelled), (device, spelled)
+            assert row["part"]
+            assert row["ms"] > 0
 
 
 @pytest.mark.parametrize("content", ["not json", "[]", '{"meta": {"a": {"steps": 16}}}', '{"meta": {"a": 1}}'])

@@ -27,7 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"of the inputs: {', '.join(_op_options.DTYPES)}",
     )
     parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="table to extend; the one that scans read otherwise"
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="table to extend; the one in your cache folder otherwise, which scans read before that of the package",
     )
     parser.add_argument("--force", action="store_true", help="search again what the table holds")
     _op_options.add_jobs(parser)

@@ -84,7 +84,8 @@ def tune(
                 ahead.compile([job.compilation(config) for config in configs])
                 found = _search(job, configs, setting, expected)
                 if found["config"] is not None:
-                    _write_entry(path, device_name, job.key, found["config"] | {"ms": found["ms"], "version": version})
+                    facts = {"ms": found["ms"], "part": launch_table.device_part(setting.device), "version": version}
+                    _write_entry(path, device_name, job.key, found["config"] | facts)
             else:
                 found = {"config": held}
             records.append(job.facts | found)
