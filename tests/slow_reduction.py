@@ -149,41 +149,43 @@ def _run_mixer(mixer, x: Tensor, names: list[int], size, tokens: int, align: str
     gated = not isinstance(mixer, SS2D) or mixer.gate
     u, z = projected.chunk(2, dim=-1) if gated else (projected, None)
 
+    nothing = torch.zeros(1, tokens, u.shape[1], dtype=u.dtype)
+
     def on_grid(layer, *more):
-        whole = torch.zeros(1, tokens, u.shape[1], dtype=u.dtype)
+        whole = nothing.clone()
         whole[0, names] = u
         return layer(whole, *more)[0, names]
 
     if isinstance(mixer, VimMixer):
         u = on_grid(mixer.conv) if conv == "grid" else mixer.conv(u[None])[0]
         y = sum(
-            _scan(mixer.ssm, u[:, i], names, walk, align, parameters=i)
+            _scan(mixer.ssm, u[:, i], names, walk, align, parameters=i, idle=mixer.conv(nothing)[0, 0, i])
             for i, walk in enumerate((range(tokens), range(tokens - 1, -1, -1)))
         )
     else:
-        u = F.silu(on_grid(mixer.conv, size))
+        u, idle = (F.silu(layer) for layer in (on_grid(mixer.conv, size), mixer.conv(nothing, size)[0, 0]))
         if isinstance(mixer, PlainMambaMixer):
             walks, moves = scan_order("snake", *size).tolist(), scan_moves("snake", *size).tolist()
             y = sum(
-                _scan(mixer.ssm, u, names, walk, align, parameters=0, moves=way)
+                _scan(mixer.ssm, u, names, walk, align, parameters=0, idle=idle, moves=way)
                 for walk, way in zip(walks, moves, strict=True)
             )
         else:
             walks = scan_order("cross", *size).tolist()
-            y = sum(_scan(mixer.ssm, u, names, walk, align, parameters=i) for i, walk in enumerate(walks))
+            y = sum(_scan(mixer.ssm, u, names, walk, align, parameters=i, idle=idle) for i, walk in enumerate(walks))
             y = mixer.out_norm(y)
     step = mixer.ssm.step(u[None])[0].mean(-1).sum(-1)
     y = y if z is None else y * F.silu(z)
     return mixer.out_proj(y) / (2 if isinstance(mixer, VimMixer) else 1), y, step
 
 
-def _scan(ssm: SelectiveSSM, u: Tensor, names, walk, align: str, *, parameters: int, moves=None) -> Tensor:
-    """One direction: walks over all tokens, stops at those that are there, and decays over the others."""
+def _scan(
+    ssm: SelectiveSSM, u: Tensor, names, walk, align: str, *, parameters: int, idle: Tensor, moves=None
+) -> Tensor:
+    """One direction: walks over all tokens, stops at those that are there, and decays as at ``idle`` over others."""
     weight = ssm.x_proj.weight.unflatten(0, (ssm.directions, -1))[parameters]
-    dt, B, C = (u @ weight.T).split([ssm.dt_rank, ssm.d_state, ssm.d_state], dim=-1)
-    bias = ssm.step_bias[parameters]
-    step = F.softplus(dt @ ssm.dt_weight[parameters].T + bias)
-    idle = F.softplus(bias)
+    dt, B, C = (torch.cat([u, idle[None]]) @ weight.T).split([ssm.dt_rank, ssm.d_state, ssm.d_state], dim=-1)
+    step = F.softplus(dt @ ssm.dt_weight[parameters].T + ssm.step_bias[parameters])
     A = -ssm.A_log[parameters].exp()
     place = {token: i for i, token in enumerate(names)}
     state = torch.zeros_like(A)
@@ -191,7 +193,7 @@ def _scan(ssm: SelectiveSSM, u: Tensor, names, walk, align: str, *, parameters: 
     visited = 0
     for at, token in enumerate(walk):
         if token not in place:
-            state = torch.exp(idle[:, None] * A) * state if align == "decay" else state
+            state = torch.exp(step[-1][:, None] * A) * state if align == "decay" else state
             continue
         i = place[token]
         row = i if moves is None else visited  # PlainMamba reads the parameters in raster order

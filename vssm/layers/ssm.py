@@ -65,6 +65,7 @@ class SelectiveSSM(nn.Module):
         order: Tensor | None = None,
         *,
         gap: Tensor | None = None,
+        idle: Tensor | None = None,
         z: Tensor | None = None,
         chain: bool = False,
         merge: bool = True,
@@ -75,6 +76,8 @@ class SelectiveSSM(nn.Module):
             x: Tokens (b, l, d) that all directions read, or (b, l, k, d), one map for each.
             order: Scan order (k, t), or (b, k, t) if samples differ; raster order when not given.
             gap: Tokens dropped before each step, of the shape of ``order``; see `directional_scan`.
+            idle: What would stand in the place of dropped tokens, (d,) or (k, d), for the length of their steps alone;
+                zeros when not given.
             z: Gate (b, l, d), or (b, l, k, d) if not merged: the result is multiplied by silu(z).
             chain: Run the rows of ``order``, however many, as one sequence with the state carried over their joints;
                 for the parameters of one direction.
@@ -84,6 +87,7 @@ class SelectiveSSM(nn.Module):
             (b, l, d), or (b, l, k, d) if not merged, each token at its own place.
         """
         dt, B, C = self._project(x)
+        dt, dt_bias = (dt, self.step_bias) if idle is None else self._count_from(idle, dt)
         A = self._state_matrix()
         y = directional_scan(
             x,
@@ -93,7 +97,7 @@ class SelectiveSSM(nn.Module):
             C,
             self.D,
             dt_weight=self.dt_weight,
-            dt_bias=self.step_bias,
+            dt_bias=dt_bias,
             order=order,
             gap=gap,
             z=z,
@@ -111,6 +115,13 @@ class SelectiveSSM(nn.Module):
     def step_bias(self) -> Tensor:
         """What is added to the step before softplus, (k, d)."""
         return self.dt_bias
+
+    def _count_from(self, idle: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
+        """Other dt and bias (k, d) that make the same steps, the bias alone making that of a token ``idle``."""
+        origin, _, _ = self._project(idle.expand(self.directions, -1)[None, None])  # (1, 1, k, r)
+        # A sum of products, not a product of matrices: autocast would round it, and the steps with it.
+        shift = (origin.transpose(1, 2)[0] * self.dt_weight).sum(-1)
+        return dt - origin, self.step_bias + shift
 
     def _state_matrix(self) -> Tensor:
         """A (k, d, n) in float32, or in float64 if that is the type of its logarithm."""

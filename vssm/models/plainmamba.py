@@ -87,7 +87,7 @@ class SnakeSSM(TwiceBiasedSSM):
         trunc_normal_(self.move_B, std=0.02)
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  the moves cannot be left out
-        self, x: Tensor, order: Tensor, moves: Tensor, *, gap: Tensor | None = None
+        self, x: Tensor, order: Tensor, moves: Tensor, *, gap: Tensor | None = None, idle: Tensor | None = None
     ) -> Tensor:
         """Scans tokens and sums the directions.
 
@@ -96,11 +96,14 @@ class SnakeSSM(TwiceBiasedSSM):
             order: Scan order (k, l), or (b, k, l) if samples differ.
             moves: Moves that lead to each step, as `scan_moves` numbers them; of the shape of ``order``.
             gap: Tokens dropped before each step, of the shape of ``order``; see `directional_scan`.
+            idle: What would stand in the place of dropped tokens, (d,), for the length of their steps alone; zeros when
+                not given.
 
         Returns:
             (b, l, d), each token at its own place.
         """
         dt, B, C = self._project(x)  # (b, l, 1, ·)
+        dt, dt_bias = (dt, self.step_bias) if idle is None else self._count_from(idle, dt)
         k = order.shape[-2]
         y = directional_scan(
             x,
@@ -110,7 +113,7 @@ class SnakeSSM(TwiceBiasedSSM):
             C.expand(-1, -1, k, -1),
             self.D.expand(k, -1),
             dt_weight=self.dt_weight.expand(k, -1, -1),
-            dt_bias=self.step_bias.expand(k, -1),
+            dt_bias=dt_bias.expand(k, -1),
             order=order,
             params="step",
             gap=gap,

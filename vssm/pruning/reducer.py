@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -377,6 +378,8 @@ class TokenReducer:
         call["order"] = route.order
         if self.align == "decay":
             call["gap"] = route.gap
+            if "idle" in names:
+                call["idle"] = _idle_input(place.block.get_submodule("mixer"))
         if route.steps is not None and "moves" in call:
             call["moves"] = call["moves"].expand(len(route.steps), -1, -1).gather(2, route.steps)
         return (call.pop("x"),), call
@@ -536,6 +539,18 @@ def _check_choice(name: str, value: object, known: Iterable[object]) -> None:
     if value not in known:
         choices = ", ".join(repr(each) for each in known if each is not None)
         raise ValueError(f"TokenReducer: {name} must be one of {choices}, got {value!r}")
+
+
+def _idle_input(mixer: nn.Module) -> Tensor | None:
+    """What a mixer's scan reads where its convolution sees nothing but zeros, (d,) or (k, d); None for zeros."""
+    conv = getattr(mixer, "conv", None)
+    if not isinstance(conv, TokenConv | CausalTokenConv):
+        return None
+    bias = conv.bias if isinstance(conv, CausalTokenConv) else conv.conv.bias
+    if bias is None:
+        return None
+    activated = isinstance(conv, CausalTokenConv) and conv.activation
+    return F.silu(bias) if activated else getattr(mixer, "activate", F.silu)(bias)
 
 
 def _ssm(block: nn.Module) -> SelectiveSSM:
