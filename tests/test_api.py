@@ -17,7 +17,7 @@ NAMES = {
     "vssm.detection": "fasterrcnn maskrcnn retinanet",
     "vssm.pruning": (
         "ALIGNMENTS BlockTrace CONVOLUTIONS METHODS Policy Reduction SCORES Schedule Score TokenMap TokenReducer "
-        "count_kept read_schedule"
+        "count_kept read_schedule write_schedule"
     ),
     "vssm.quantization": "Quantized compact count_int8 fold_hadamard quantize restore",
     "vssm.scan_order": "gather local_order restrict scan_moves scan_order scatter",

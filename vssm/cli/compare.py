@@ -18,13 +18,12 @@ from vssm.cli._training import (
     data_options,
 )
 from vssm.engine.classifier import load
-from vssm.engine.compare import curve_of, draw_comparison, group_records, measured
+from vssm.engine.compare import WEIGHTS, curve_of, draw_comparison, group_records, measured
 from vssm.engine.evaluate import validate
 from vssm.engine.records import environment, print_table, write_results
 from vssm.engine.tallies import Answers
 
 _COLUMNS = ["group", "runs", "images", "top1", "difference", "difference_low", "difference_high"]
-_WEIGHTS = "final.safetensors"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,15 +50,15 @@ def run(args: argparse.Namespace) -> int:
     groups = dict(args.groups)
     if len(groups) < len(args.groups):
         raise UsageError("expected a name for each group, got one twice")
-    missing = [str(run) for runs in groups.values() for run in runs if not (run / _WEIGHTS).is_file()]
+    missing = [str(run) for runs in groups.values() for run in runs if not (run / WEIGHTS).is_file()]
     if missing:
-        raise UsageError(f"expected folders with {_WEIGHTS}, got {', '.join(missing)} without")
+        raise UsageError(f"expected folders with {WEIGHTS}, got {', '.join(missing)} without")
     device, dtype = chosen_device(args), amp_dtype(args)
     curves = {name: curve_of(runs) for name, runs in groups.items()}
     models = {}
 
     def hits_of(folder: Path) -> np.ndarray:
-        classifier = load(folder / _WEIGHTS)
+        classifier = load(folder / WEIGHTS)
         models[folder] = classifier.spec.model
         answers = Answers()
         validate(

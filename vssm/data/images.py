@@ -105,6 +105,30 @@ class SomeImages(LabelledImages):
         return self._images.name(self._chosen[index])
 
 
+class DecodedImages(LabelledImages):
+    """Images of a data set, each of which is decoded once and kept in memory.
+
+    Args:
+        images: The data set.
+    """
+
+    def __init__(self, images: LabelledImages) -> None:
+        super().__init__(source=images.source, classes=images.classes, targets=images.targets)
+        self._images = images
+        self._decoded: dict[tuple[int, int], Image.Image] = {}
+
+    def load(self, index: int, *, channels: int) -> Image.Image:
+        """Gives a copy of an image of 1 (grey) or 3 (colour) channels; raises `UnreadableImage`."""
+        key = (index, channels)
+        if key not in self._decoded:
+            self._decoded[key] = self._images.load(index, channels=channels)
+        return self._decoded[key].copy()
+
+    def name(self, index: int) -> str:
+        """What the data set calls it."""
+        return self._images.name(index)
+
+
 class ImageFiles(LabelledImages):
     """Images in files.
 

@@ -12,6 +12,7 @@ from vssm.engine.records import read_results
 from vssm.files import atomic_path
 
 RESAMPLES = 10_000
+WEIGHTS = "final.safetensors"  # of a run
 _LOG = "log.csv"
 
 
@@ -32,7 +33,9 @@ class Curve(NamedTuple):
     highest: list[float]
 
 
-def paired_difference(first: np.ndarray, second: np.ndarray, *, resamples: int = RESAMPLES) -> Difference:
+def paired_difference(
+    first: np.ndarray, second: np.ndarray, *, resamples: int = RESAMPLES, same_runs: bool = False
+) -> Difference:
     """The difference of two groups of runs on the same images, and how sure it is.
 
     Images and, apart in each group, runs are drawn anew with replacement; the interval holds the middle 95 % of the
@@ -42,21 +45,28 @@ def paired_difference(first: np.ndarray, second: np.ndarray, *, resamples: int =
         first: Whether each run is right on each image, (runs, images).
         second: The same of the other group; it may have another number of runs.
         resamples: How often to draw.
+        same_runs: Whether the groups hold the same runs, treated in two ways, which are then drawn together.
 
     Raises:
-        ValueError: The groups have not the same images.
+        ValueError: The groups have not the same images, or not the same runs if they should.
 
     Reference:
         Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13.
     """
     if first.shape[1] != second.shape[1]:
         raise ValueError(f"compare: expected the same images, got {first.shape[1]} and {second.shape[1]}")
+    if same_runs and len(first) != len(second):
+        raise ValueError(f"compare: expected the same runs, got {len(first)} and {len(second)}")
     random = np.random.default_rng(0)
     images = first.shape[1]
+    gained = first.astype(np.float32) - second if same_runs else None
     differences = np.empty(resamples)
     for i in range(resamples):
         drawn = np.bincount(random.integers(images, size=images), minlength=images)
-        differences[i] = _of_drawn_runs(first, drawn, random) - _of_drawn_runs(second, drawn, random)
+        if gained is not None:
+            differences[i] = _of_drawn_runs(gained, drawn, random)
+        else:
+            differences[i] = _of_drawn_runs(first, drawn, random) - _of_drawn_runs(second, drawn, random)
     low, high = np.percentile(differences, [2.5, 97.5])
     return Difference(100 * float(first.mean() - second.mean()), float(low), float(high))
 

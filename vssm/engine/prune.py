@@ -94,7 +94,7 @@ def measure_reductions(
     for schedule in (None, *schedules):
         about = {"policy": None, "gflops": dense / 1e9, "over_dense": 1.0}
         if schedule is not None:
-            about = _describe(schedule, count_reduced(classifier.model, image, schedule, dense=dense))
+            about = describe_reduction(schedule, count_reduced(classifier.model, image, schedule, dense=dense))
         with nullcontext() if schedule is None else schedule.reducer(classifier.model):
             measured = _measure(classifier, data_dir, setting, options)
         records.append({**about, **measured})
@@ -126,7 +126,13 @@ def plot_reductions(path: str | os.PathLike, records: Sequence[dict[str, Any]], 
     )
 
 
-def _describe(schedule: Schedule, counted: dict[str, Any]) -> dict[str, Any]:
+def describe_reduction(schedule: Schedule, counted: dict[str, Any]) -> dict[str, Any]:
+    """What a record says of a schedule.
+
+    Args:
+        schedule: How tokens are reduced.
+        counted: From `vssm.engine.info.count_reduced`.
+    """
     return {
         **{name: value for name, value in schedule.as_dict().items() if name not in ("model", "source")},
         "tokens_left": counted["tokens_left"],

@@ -2,7 +2,7 @@
 
 from vssm.pruning.policies import METHODS, SCORES, BlockTrace, Policy, Score
 from vssm.pruning.reducer import ALIGNMENTS, CONVOLUTIONS, TokenReducer, count_kept
-from vssm.pruning.schedule import Schedule, read_schedule
+from vssm.pruning.schedule import Schedule, read_schedule, write_schedule
 from vssm.pruning.token_map import Reduction, TokenMap
 
 __all__ = [
@@ -19,4 +19,5 @@ __all__ = [
     "TokenReducer",
     "count_kept",
     "read_schedule",
+    "write_schedule",
 ]

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from torch import nn
 
+from vssm.files import atomic_path
 from vssm.pruning.reducer import TokenReducer
 
 _Kind = type | tuple[type, ...]
@@ -97,3 +98,10 @@ def read_schedule(path: str | os.PathLike) -> Schedule:
             raise ValueError(f"{path}: {name} must be {spelled}, got {value!r}")
     after = content["after"]
     return Schedule.from_dict({**content, "after": [after] if isinstance(after, int) else after})
+
+
+def write_schedule(path: str | os.PathLike, schedule: Schedule) -> None:
+    """Writes a schedule as a YAML file that `read_schedule` reads."""
+    values = {name: value for name, value in schedule.as_dict().items() if value is not None}
+    with atomic_path(path) as temporary:
+        temporary.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
