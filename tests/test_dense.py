@@ -7,7 +7,9 @@ from torch import nn
 import vssm
 from golden import records
 from golden.dense import OFFICIAL
+from vssm import checkpoint
 from vssm.dense import DenseBackbone, has_one_stride
+from vssm.engine.convert import convert
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
@@ -20,6 +22,38 @@ def test_official_keys_load_and_give_the_official_maps(name, device):
     assert [each.shape[1] for each in maps] == backbone.out_channels
     for level, each in enumerate(maps):
         record.check(f"stage{level}", each)
+
+
+@pytest.mark.parametrize("name", [name for name in OFFICIAL if not name.startswith("local_mamba")])
+def test_files_of_whole_detectors_are_converted(name, tmp_path):
+    """Backbone under our keys, the rest as it was; the backbone's official numbers come out."""
+    record, setting = records.load(name), OFFICIAL[name]
+    heads = {"neck.lateral_convs.0.conv.weight": torch.randn(4, 3), "decode_head.conv_seg.bias": torch.randn(5)}
+    theirs = {f"backbone.{key}": value for key, value in record.state_dict.items()}
+    torch.save({"meta": {"iter": 1}, "state_dict": theirs | heads}, tmp_path / "official.pth")
+    size = {"img_size": (setting["img_size"],) * 2} if "img_size" in setting else {}
+    task = "segment" if "_seg" in name else "detect"
+    written = convert(tmp_path / "official.pth", setting["model_name"], task=task, **size)
+    assert written["keys"].keys() | written["dropped"].keys() >= theirs.keys() | heads.keys()
+    whole = checkpoint.read_whole(tmp_path / "official.safetensors")
+    backbone = DenseBackbone(**setting).eval()
+    inside = {key.removeprefix("backbone."): value for key, value in whole.items() if key not in heads}
+    backbone.load_state_dict(inside, strict=True)
+    for key, value in heads.items():
+        assert torch.equal(whole[key], value)
+    with torch.no_grad():
+        for level, each in enumerate(backbone(record.images)):
+            record.check(f"stage{level}", each)
+
+
+def test_a_classifier_is_no_detector(tmp_path):
+    torch.save(vssm.create_model("test_vim").state_dict(), tmp_path / "own.pth")
+    with pytest.raises(ValueError, match=r"names begin with 'backbone\.'.*for a classifier leave the task out"):
+        convert(tmp_path / "own.pth", "test_vim", task="detect", output=tmp_path / "out.safetensors")
+    with pytest.raises(ValueError, match="heads of detectors and segmentors keep their classes"):
+        convert(tmp_path / "own.pth", "test_vim", task="segment", num_classes=3, output=tmp_path / "out.safetensors")
+    with pytest.raises(ValueError, match="expected task 'detect', got 'segment'"):
+        convert(tmp_path / "own.pth", "mambayolo_tiny", task="segment", output=tmp_path / "out.safetensors")
 
 
 @pytest.mark.parametrize("model", vssm.list_models("test_*"))

@@ -12,8 +12,9 @@ from vssm import detection
 from vssm.cli import main
 from vssm.cli._options import check_none_left_out
 from vssm.data.scenes import DigitScenes, run_lengths
-from vssm.engine.detect import Detector, Found, detect, image_files, named_pictures
+from vssm.engine.detect import Detector, Found, detect
 from vssm.engine.segment import Segmentor, segment
+from vssm.engine.views import image_files, named_pictures, views
 from vssm.yolo import MambaYoloDetector
 
 
@@ -146,6 +147,45 @@ def test_images_that_cannot_be_read_are_left_out(folder, tmp_path, caplog):
     assert caplog.messages == [f"left out: {folder / 'more' / 'scene.png'}: not a readable image (it is empty)"]
     with pytest.raises(ValueError, match="1 of 2 images cannot be read and were left out"):
         check_none_left_out(read=1, images=2)
+
+
+def test_frames_of_a_video(tmp_path):
+    cv2 = pytest.importorskip("cv2")
+    colours = [(250, 20, 20), (20, 250, 20), (20, 20, 250), (250, 250, 20)]
+    video = cv2.VideoWriter(str(tmp_path / "clip.avi"), cv2.VideoWriter_fourcc(*"MJPG"), 5, (64, 48))
+    for red, green, blue in colours:
+        video.write(np.full((48, 64, 3), (blue, green, red), dtype=np.uint8))
+    video.release()
+    Image.new("RGB", (8, 8)).save(tmp_path / "photo.png")
+
+    seen = []
+    detector = Detector(lambda image: seen.append(image) or Found(*torch.zeros(3, 0, 4).unbind()), ("any",))
+    records = detect(detector, [tmp_path / "clip.avi", tmp_path / "photo.png"], pictures=tmp_path / "out", every=3)
+    assert [(record["image"], record.get("frame"), record.get("seconds")) for record in records] == [
+        (str(tmp_path / "clip.avi"), 0, 0.0),
+        (str(tmp_path / "clip.avi"), 3, 0.6),
+        (str(tmp_path / "photo.png"), None, None),
+    ]
+    for image, colour in zip(seen, (colours[0], colours[3]), strict=False):
+        assert image.size == (64, 48)
+        assert np.abs(np.asarray(image, dtype=int) - colour).max() < 12  # MJPG rounds
+    pictures = sorted(path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.png"))
+    assert pictures == ["clip/000000.png", "clip/000003.png", "photo.png"]
+
+
+def test_a_damaged_video_is_left_out(folder, tmp_path, caplog):
+    pytest.importorskip("cv2")
+    (tmp_path / "clip.mp4").write_bytes(b"nothing")
+    detector, _ = _knowing_detector()
+    assert len(detect(detector, [tmp_path / "clip.mp4", folder])) == 2
+    assert caplog.messages == [f"left out: {tmp_path / 'clip.mp4'}: not a readable video"]
+
+
+def test_videos_without_opencv_say_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    (tmp_path / "clip.mp4").write_bytes(b"")
+    with pytest.raises(ValueError, match=r'pip install "vssm\[video\]"'):
+        list(views([tmp_path / "clip.mp4"]))
 
 
 def test_names_of_pictures_and_missing_files(tmp_path, capsys):

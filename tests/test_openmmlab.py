@@ -166,6 +166,20 @@ def _random_boxes(count):
     return torch.cat([corners, corners + 5 + torch.rand(count, 2) * 40], dim=1)
 
 
+def test_a_simple_pyramid_has_levels_of_all_strides():
+    pyramid = ours().VSSMSimplePyramid([16], 32)
+    levels = pyramid([torch.randn(2, 16, 8, 6)])
+    assert [tuple(each.shape) for each in levels] == [
+        (2, 32, *size) for size in ((32, 24), (16, 12), (8, 6), (4, 3), (2, 2))
+    ]
+    sum(each.square().sum() for each in levels).backward()
+    assert all(parameter.grad.abs().max() > 0 for parameter in pyramid.parameters() if parameter.ndim > 1)
+    with pytest.raises(
+        ValueError, match=r"expected in_channels of one map.*got \[16, 32\] and 5; give the backbone one"
+    ):
+        ours().VSSMSimplePyramid([16, 32])
+
+
 def test_suppression_keeps_what_the_definition_keeps():
     ours()
     from mmcv.ops import nms, soft_nms

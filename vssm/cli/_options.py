@@ -2,9 +2,9 @@
 
 import argparse
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     import torch
@@ -119,6 +119,19 @@ def device(text: str) -> "torch.device":
             f"no device {text!r} here: torch sees {torch.cuda.device_count()} CUDA devices"
         )
     return place
+
+
+def add_images(parser: argparse.ArgumentParser) -> None:
+    """Adds the images to look at, and ``--every``."""
+    parser.add_argument(
+        "images", nargs="+", type=Path, metavar="IMAGE", help="image files, folders of such, and videos"
+    )
+    parser.add_argument("--every", type=positive_int, default=1, metavar="N", help="take every Nth frame of a video")
+
+
+def named(record: Mapping[str, Any]) -> str:
+    """What to call an image or a frame of a video on the terminal."""
+    return record["image"] if "frame" not in record else f"{record['image']}, frame {record['frame']}"
 
 
 def check_none_left_out(*, read: int, images: int) -> None:

@@ -13,9 +13,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="NAME", help="model it belongs to (vssm list shows them)")
     parser.add_argument(
         "--task",
-        choices=["classify", "detect"],
+        choices=["classify", "detect", "segment"],
         default="classify",
-        help="detect: of the detector that its authors put around it, all weights",
+        help="detect, segment: all weights of the detector or segmentor that its authors put around it",
     )
     parser.add_argument("--output", metavar="FILE", help="file to write; that of the checkpoint with .safetensors")
     parser.add_argument("--num-classes", type=positive_int, metavar="N", help="classes of the checkpoint")

@@ -6,17 +6,18 @@ from pathlib import Path
 import torch
 
 from vssm.cli import UsageError
-from vssm.cli._options import check_none_left_out, device, positive_int, results_path
+from vssm.cli._options import add_images, check_none_left_out, device, named, positive_int, results_path
 from vssm.cli._training import number
-from vssm.engine.detect import DETECTORS, Detector, detect, image_files, open_mambayolo, open_mmdet, open_torchvision
+from vssm.engine.detect import DETECTORS, Detector, detect, open_mambayolo, open_mmdet, open_torchvision
 from vssm.engine.records import write_results
+from vssm.engine.views import image_files
 
 _MAMBAYOLO = "mambayolo"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of this command."""
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files and folders of such")
+    add_images(parser)
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="weights of the whole detector")
     parser.add_argument("--recipe", type=Path, metavar="FILE.py", help="its config, for a detector of mmdetection")
     parser.add_argument(
@@ -42,16 +43,16 @@ def run(args: argparse.Namespace) -> int:
     """Prints what was found; writes pictures and results; exit status 1 at the end if images could not be read."""
     detector = _open(args, args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     files = image_files(args.images)
-    records = detect(detector, files, threshold=args.threshold, pictures=args.pictures)
+    records = detect(detector, files, threshold=args.threshold, pictures=args.pictures, every=args.every)
     for record in records:
-        print(f"{record['image']}: {len(record['objects'])} objects")
+        print(f"{named(record)}: {len(record['objects'])} objects")
         for each in record["objects"]:
             box = ", ".join(f"{side:.0f}" for side in each["box"])
             print(f"  {each['score']:8.2%}  {each['class']}  ({box})")
     if args.results:
         write_results(args.results, records)
         print(f"{args.results}: {len(records)} images")
-    check_none_left_out(read=len(records), images=len(files))
+    check_none_left_out(read=len({record["image"] for record in records}), images=len(set(files)))
     return 0
 
 

@@ -5,17 +5,17 @@ from pathlib import Path
 
 import torch
 
-from vssm.cli._options import check_none_left_out, device, results_path
-from vssm.engine.detect import image_files
+from vssm.cli._options import add_images, check_none_left_out, device, named, results_path
 from vssm.engine.records import write_results
 from vssm.engine.segment import open_mmseg, segment
+from vssm.engine.views import image_files
 
 _SHOWN = 5  # classes of an image on the terminal
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of this command."""
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files and folders of such")
+    add_images(parser)
     parser.add_argument("--recipe", type=Path, required=True, metavar="FILE.py", help="config of the segmentor")
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="its weights")
     parser.add_argument("--device", type=device, metavar="DEVICE", help="cpu, cuda, cuda:1 ...; a GPU if there is one")
@@ -28,13 +28,13 @@ def run(args: argparse.Namespace) -> int:
     place = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     segmentor = open_mmseg(args.recipe, args.checkpoint, device=place)
     files = image_files(args.images)
-    records = segment(segmentor, files, pictures=args.pictures)
+    records = segment(segmentor, files, pictures=args.pictures, every=args.every)
     for record in records:
-        print(record["image"])
+        print(named(record))
         for name, share in list(record["shares"].items())[:_SHOWN]:
             print(f"  {share:8.2%}  {name}")
     if args.results:
         write_results(args.results, records)
         print(f"{args.results}: {len(records)} images")
-    check_none_left_out(read=len(records), images=len(files))
+    check_none_left_out(read=len({record["image"] for record in records}), images=len(set(files)))
     return 0

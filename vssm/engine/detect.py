@@ -1,9 +1,8 @@
 """Objects in images: boxes, classes and masks of a detector, as records and as pictures."""
 
 import importlib
-import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,11 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_segmentation_masks
 
 from vssm import checkpoint, detection
-from vssm.data.images import UnreadableImage, find_images, read_image
 from vssm.data.scenes import run_lengths
+from vssm.engine.views import require_files, views
 from vssm.files import atomic_path
 from vssm.yolo import MambaYoloDetector
 
-_logger = logging.getLogger(__name__)
 DETECTORS = {"fasterrcnn": detection.fasterrcnn, "maskrcnn": detection.maskrcnn, "retinanet": detection.retinanet}
 _COLOURS = (
     "#E6194B",
@@ -184,32 +182,32 @@ def detect(
     *,
     threshold: float = 0.5,
     pictures: str | os.PathLike | None = None,
+    every: int = 1,
 ) -> list[dict[str, Any]]:
     """Finds objects in images; those that cannot be read are left out, with a line in the log for each.
 
     Args:
         detector: What to ask.
-        paths: Image files, and folders of such.
+        paths: Image files, folders of such, and videos.
         threshold: Least score of an object.
         pictures: Folder for the images with boxes and masks drawn in; none are drawn when not given.
+        every: Take every how manyth frame of a video.
 
     Returns:
-        Per image: ``image``, ``height``, ``width``, ``picture`` and ``objects``: their ``class``, ``score``, ``box``
-        (x0, y0, x1, y1) and ``mask`` (run lengths down the columns, as COCO has them), best first.
+        Per image: ``image``, ``height``, ``width``, ``picture``, of a video ``frame`` and ``seconds``, and ``objects``:
+        their ``class``, ``score``, ``box`` (x0, y0, x1, y1) and ``mask`` (run lengths down the columns, as COCO has
+        them), best first.
 
     Raises:
         FileNotFoundError: If there is no such file or folder.
         ValueError: If there are no images in a folder.
     """
     records = []
-    for path, picture, image in readable_images(paths, pictures):
-        found = detector.find(image).above(threshold)
-        if picture is not None:
-            _draw(picture, image, found, detector.classes)
-        objects = _objects(found, detector.classes)
-        place = None if picture is None else str(picture)
-        record = {"image": str(path), "height": image.height, "width": image.width, "picture": place}
-        records.append({**record, "objects": objects})
+    for view in views(paths, pictures, every=every):
+        found = detector.find(view.image).above(threshold)
+        if view.picture is not None:
+            _draw(view.picture, view.image, found, detector.classes)
+        records.append({**view.record(), "objects": _objects(found, detector.classes)})
     return records
 
 
@@ -224,63 +222,6 @@ def framework(name: str) -> Any:
         return importlib.import_module(f"{name}.apis")
     except ImportError as error:
         raise ValueError(f'{name} cannot be used ({error}): pip install "vssm[mm]"') from error
-
-
-def image_files(paths: Sequence[str | os.PathLike]) -> list[Path]:
-    """Image files, and those in folders.
-
-    Raises:
-        FileNotFoundError: If there is no such file or folder.
-        ValueError: If a folder has no images.
-    """
-    files: list[Path] = []
-    for path in map(Path, paths):
-        found = find_images(path) if path.is_dir() else [path]
-        if not found:
-            raise ValueError(f"{path}: no images in this folder")
-        require_files(*found)
-        files += found
-    return files
-
-
-def require_files(*paths: str | os.PathLike) -> None:
-    """Raises FileNotFoundError for the first path that is no file."""
-    for path in paths:
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"{os.fspath(path)}: no such file")
-
-
-def readable_images(
-    paths: Sequence[str | os.PathLike], pictures: str | os.PathLike | None
-) -> Iterator[tuple[Path, Path | None, Image.Image]]:
-    """Files, their pictures in the folder ``pictures`` if there is one, and the images; warns of unreadable ones.
-
-    Raises:
-        FileNotFoundError: If there is no such file or folder.
-        ValueError: If a folder has no images.
-    """
-    for path, picture in named_pictures(image_files(paths), pictures):
-        try:
-            image = read_image(path)
-        except UnreadableImage as error:
-            _logger.warning("left out: %s", error)
-        else:
-            yield path, picture, image
-
-
-def named_pictures(
-    files: Sequence[Path], folder: str | os.PathLike | None
-) -> list[tuple[Path, Path] | tuple[Path, None]]:
-    """Each file, and a picture of its name in the folder, numbered where names repeat; None without a folder."""
-    if folder is None:
-        return [(file, None) for file in files]
-    seen: dict[str, int] = {}
-    pairs = []
-    for file in files:
-        seen[file.stem] = seen.get(file.stem, 0) + 1
-        suffix = f"-{seen[file.stem]}" if seen[file.stem] > 1 else ""
-        pairs.append((file, Path(folder, f"{file.stem}{suffix}.png")))
-    return pairs
 
 
 def _objects(found: Found, classes: Sequence[str]) -> list[dict[str, Any]]:

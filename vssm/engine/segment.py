@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vssm.engine.detect import framework, readable_images, require_files
+from vssm.engine.detect import framework
+from vssm.engine.views import require_files, views
 from vssm.files import atomic_path
 
 _OPACITY = 0.5  # of colours over the image
@@ -55,37 +56,40 @@ def open_mmseg(recipe: str | os.PathLike, checkpoint_path: str | os.PathLike, *,
 
 
 def segment(
-    segmentor: Segmentor, paths: Sequence[str | os.PathLike], *, pictures: str | os.PathLike | None = None
+    segmentor: Segmentor,
+    paths: Sequence[str | os.PathLike],
+    *,
+    pictures: str | os.PathLike | None = None,
+    every: int = 1,
 ) -> list[dict[str, Any]]:
     """Finds the class of every pixel of images; those that cannot be read are left out, with a line in the log each.
 
     Args:
         segmentor: What to ask.
-        paths: Image files, and folders of such.
+        paths: Image files, folders of such, and videos.
         pictures: Folder for the images in the colours of their classes, and, in ``classes/``, for the indices of the
             classes as grey pictures; none are written when not given.
+        every: Take every how manyth frame of a video.
 
     Returns:
-        Per image: ``image``, ``height``, ``width``, ``picture`` and ``shares``, the part of its pixels by class,
-        largest first.
+        Per image: ``image``, ``height``, ``width``, ``picture``, of a video ``frame`` and ``seconds``, and ``shares``,
+        the part of its pixels by class, largest first.
 
     Raises:
         FileNotFoundError: If there is no such file or folder.
         ValueError: If there are no images in a folder.
     """
     records = []
-    for path, picture, image in readable_images(paths, pictures):
-        indices = segmentor.classify(image)
-        if picture is not None:
+    for view in views(paths, pictures, every=every):
+        indices = segmentor.classify(view.image)
+        if view.picture is not None:
             colours = Image.fromarray(segmentor.colours[indices])
-            with atomic_path(picture) as temporary:
-                Image.blend(image, colours, _OPACITY).save(temporary)
-            with atomic_path(picture.parent / "classes" / picture.name) as temporary:
+            with atomic_path(view.picture) as temporary:
+                Image.blend(view.image, colours, _OPACITY).save(temporary)
+            with atomic_path(view.picture.parent / "classes" / view.picture.name) as temporary:
                 Image.fromarray(indices.astype(np.uint8)).save(temporary)
         found, counts = np.unique(indices, return_counts=True)
         largest = sorted(zip(counts.tolist(), found.tolist(), strict=True), reverse=True)
-        shares = {segmentor.classes[each]: count / indices.size for count, each in largest}
-        place = None if picture is None else str(picture)
-        record = {"image": str(path), "height": image.height, "width": image.width, "picture": place}
-        records.append({**record, "shares": shares})
+        shares = {segmentor.classes[each]: number / indices.size for number, each in largest}
+        records.append({**view.record(), "shares": shares})
     return records

@@ -43,8 +43,8 @@ class VSSMSimplePyramid(BaseModule):
         super().__init__(init_cfg)
         if len(in_channels) != 1 or num_outs < 4:
             raise ValueError(
-                f"VSSMSimplePyramid: expected in_channels of one map and num_outs of 4 or more, got {list(in_channels)} "
-                f"and {num_outs}; give the backbone one number in out_indices"
+                f"VSSMSimplePyramid: expected in_channels of one map and num_outs of 4 or more, got "
+                f"{list(in_channels)} and {num_outs}; give the backbone one number in out_indices"
             )
         self.in_channels = list(in_channels)
         self.num_outs = num_outs
