@@ -29,6 +29,7 @@ REASONS = {
     "needs ImageNet",
     "needs an authors' checkpoint",
     "needs the extra mm",
+    "needs trained runs",
 }
 MOST_NOT_RUN = 18
 CODE = ("python", "bash")
