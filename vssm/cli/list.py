@@ -3,8 +3,8 @@
 import argparse
 import json
 
+from vssm.engine.listing import list_records
 from vssm.engine.records import print_table
-from vssm.engine.zoo import list_records
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 import tarfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -10,10 +9,9 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from vssm.data.images import image_suffixes
-from vssm.files import atomic_path
+from vssm.kept import keep, read_kept
 from vssm_kernels.cache import cache_folder
 
-_logger = logging.getLogger(__name__)
 _VERSION = 1  # of what a cached index holds
 _BLOCK = 512  # bytes, of which a tar file is made
 _LABEL_KEY = "label"  # of a webdataset sample's .json
@@ -66,33 +64,11 @@ def read_index(path: Path, *, label_key: str | None = None) -> TarIndex:
     }
     name = hashlib.sha256(f"{facts['path']}\n{label_key}".encode()).hexdigest()[:32]
     cached = cache_folder() / "tar_index" / f"{name}.json"
-    index = _read_cached(cached, facts)
+    index = read_kept(cached, facts, TarIndex)
     if index is None:
         index = _scan(path, label_key)
-        _write_cached(cached, facts | asdict(index))
+        keep(cached, facts, asdict(index), what=f"the index of {path}")
     return index
-
-
-def _read_cached(file: Path, facts: dict) -> TarIndex | None:
-    """The index in a file, if it is one of these facts."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if any(content.pop(key) != value for key, value in facts.items()):
-            return None
-        return TarIndex(**content)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        _logger.warning("%s is not an index of a tar file (%r): made anew", file, error)
-        return None
-
-
-def _write_cached(file: Path, content: dict) -> None:
-    try:
-        with atomic_path(file) as temporary:
-            temporary.write_text(json.dumps(content), encoding="utf-8")
-    except OSError as error:  # the index is only a convenience
-        _logger.warning("the index of %s is not kept: %s", content["path"], error)
 
 
 def _scan(path: Path, label_key: str | None) -> TarIndex:

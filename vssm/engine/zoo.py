@@ -1,11 +1,9 @@
 """Models by name for the commands: those of vssm, and timm's as peers to compare with."""
 
 from collections.abc import Sequence
-from fnmatch import fnmatch
 from typing import Any
 
 import timm
-import torch
 from torch import nn
 
 import vssm
@@ -71,54 +69,6 @@ def _configuration(model: nn.Module) -> dict[str, Any]:
 def family_of(name: str) -> str:
     """The family of a model: the name of the file that defines it."""
     return timm.model_entrypoint(name).__module__.rpartition(".")[2]
-
-
-def list_records(pattern: str = "", *, pretrained: bool = False, family: str | None = None) -> list[dict]:
-    """Describes the registered models of vssm.
-
-    Args:
-        pattern: Part of a name, or a pattern with ``*``; all models when empty.
-        pretrained: Only models with weights.
-        family: Only models of this family.
-
-    Returns:
-        Per model: ``model``, ``family``, ``params_m`` (millions), ``input_size`` (channels, height, width) and
-        ``tags`` of its weights.
-
-    Raises:
-        ValueError: There is no such family, or no model matches.
-    """
-    names = vssm.list_models()
-    families = sorted({family_of(name) for name in names})
-    if family is not None and family not in families:
-        raise ValueError(f"no family {family!r}; there are {', '.join(families)}")
-    chosen = [name for name in names if _matches(name, pattern) and family in (None, family_of(name))]
-    records = [_record(name) for name in chosen if not pretrained or _tags(name)]
-    if not records:
-        kind = "model with weights" if pretrained else "model"
-        raise ValueError(f"no {kind} matches {pattern!r}; there are {', '.join(names)}")
-    return records
-
-
-def _matches(name: str, pattern: str) -> bool:
-    return fnmatch(name, pattern if "*" in pattern else f"*{pattern}*")
-
-
-def _record(name: str) -> dict:
-    with torch.device("meta"):
-        model = create_by_name(name)
-    return {
-        "model": name,
-        "family": family_of(name),
-        "params_m": count_parameters(model) / 1e6,
-        "input_size": list(input_size(model)),
-        "tags": _tags(name),
-    }
-
-
-def _tags(name: str) -> list[str]:
-    """Tags of the weights that can be had."""
-    return [full.partition(".")[2] for full in timm.list_pretrained(name)]
 
 
 def count_parameters(model: nn.Module) -> int:
