@@ -41,6 +41,7 @@ RECIPE = Recipe(
     aa="",
 )
 FURTHER = "{batch-size: 8, warmup-epochs: 0, lr: 0.01, aa: none, mixup: 0, cutmix: 0, distill: soft}"
+CONVOLVED = [("decay", None), ("decay", "compact"), ("none", None)]
 BASE = Schedule("test_vim", after=(1, 2))
 
 
@@ -164,6 +165,25 @@ def test_schedules_that_do_not_suit_are_left_out(study, caplog):
         variants_of(replace(study, schedules=(Schedule("test_vim", after=(9,), keep=0.5),)))
 
 
+def test_convolutions_are_part_of_a_way_to_align(study):
+    schedules = [replace(BASE, keep=0.5, align=align, conv=conv) for align, conv in CONVOLVED]
+    variants = variants_of(replace(study, schedules=tuple(schedules)))
+    assert [each.name for each in variants[1:]] == ["top_decay_0.5", "top_decay-compact_0.5", "top_none_0.5"]
+    assert [each.unaligned for each in variants] == [None, "top_none_0.5", "top_none_0.5", None]
+    evaluations = Evaluations(study)
+    (study.folder / "hits").mkdir(parents=True)
+    for name in ("dense", "top_decay_0.5", "top_decay-compact_0.5", "top_none_0.5"):
+        for number in (1, 2):
+            np.save(study.folder / "hits" / f"{name}-{number}-as_is.npy", np.arange(20) < 10 + len(name) % 7)
+    records = records_of(replace(study, epochs=0), variants, evaluations)
+    assert [(each.get("align"), each.get("conv"), each.get("over_none")) for each in records] == [
+        (None, None, None),
+        ("decay", None, pytest.approx(5)),
+        ("decay", "compact", pytest.approx(-25)),
+        ("none", None, None),
+    ]
+
+
 def test_folder_of_another_study_is_refused(study):
     study.claim()
     study.claim()
@@ -190,7 +210,7 @@ def test_tool_goes_on_where_its_limit_has_ended_it(dense, tmp_path):
     data, runs = dense
     (tmp_path / "further.yaml").write_text(FURTHER)
     command = [sys.executable, ROOT / "tools/pruning_study.py", data, "--dense", *runs, "--after", "1", "--keep", "0.5"]
-    command += ["--policy", "top", "--align", "decay", "none", "--epochs", "2", "--recipe", "further.yaml"]
+    command += ["--policy", "top", "--align", "decay:compact", "none", "--epochs", "2", "--recipe", "further.yaml"]
     command += ["--jobs", "2", "--workers", "0", "--device", "cpu", "--output", "out", "--results", "r.json"]
     lengths = []
     for more in (["--limit-s", "0"], ["--plot", "study.png"]):

@@ -5,6 +5,8 @@ further with ``vssm train``, several at a time, and evaluates again. What is don
 goes on, and says what is known so far. SIGTERM and Ctrl-C end it with the states of runs written.
 """
 
+import argparse
+import itertools
 import logging
 import sys
 import time
@@ -15,15 +17,14 @@ from vssm.cli._options import Parser, picture_path, positive_int, results_path
 from vssm.cli._options import device as device_type
 from vssm.cli._training import AMP_DTYPES, DATA_HELP, amp_dtype, chosen_device, count, number
 from vssm.engine.classifier import load
-from vssm.engine.prune import grid_of
 from vssm.engine.pruning_study import Evaluations, Study, records_of, train_on, variants_of, weights_of
 from vssm.engine.pruning_study_plot import draw_study
 from vssm.engine.records import environment, print_table, write_results
 from vssm.engine.stopping import stop_on_signals
-from vssm.pruning import ALIGNMENTS, METHODS, Schedule
+from vssm.pruning import ALIGNMENTS, CONVOLUTIONS, METHODS, Schedule
 
 _RECIPE = Path(__file__).parents[1] / "configs/small/images_64_fewer_tokens.yaml"
-_COLUMNS = ["policy", "align", "keep", "over_dense", "epochs", "top1"]
+_COLUMNS = ["policy", "align", "conv", "keep", "over_dense", "epochs", "top1"]
 _COLUMNS += [f"{name}{end}" for name in ("difference", "over_none") for end in ("", "_low", "_high")]
 
 
@@ -47,7 +48,13 @@ def _parser() -> Parser:
     )
     parser.add_argument("--policy", choices=list(METHODS), nargs="+", default=list(METHODS), help="which tokens go")
     parser.add_argument(
-        "--align", choices=ALIGNMENTS, nargs="+", default=list(ALIGNMENTS), help="what scans do about it"
+        "--align",
+        type=_way,
+        nargs="+",
+        default=[*map(_way, ("decay", "decay:compact", "hold", "none", "mask"))],
+        metavar="ALIGN[:CONV]",
+        help="how scans treat tokens that are gone, and what convolutions see, where that is not as usual (default: "
+        "decay decay:compact hold none mask)",
     )
     parser.add_argument("--epochs", type=count, default=10, metavar="N", help="of training on fewer tokens; 0 for none")
     parser.add_argument("--recipe", type=Path, default=_RECIPE, metavar="FILE.yaml", help="options of that training")
@@ -66,6 +73,14 @@ def _parser() -> Parser:
     return parser
 
 
+def _way(text: str) -> tuple[str, str | None]:
+    align, _, conv = text.partition(":")
+    if align not in ALIGNMENTS or conv not in ("", *CONVOLUTIONS):
+        known = f"{', '.join(ALIGNMENTS)}, alone or with :{' or :'.join(CONVOLUTIONS)}"
+        raise argparse.ArgumentTypeError(f"expected one of {known}, got {text!r}")
+    return align, conv or None
+
+
 def main() -> int:
     """Does what is left of the study, prints a table, writes the records and the plot."""
     began = time.monotonic()
@@ -78,7 +93,10 @@ def main() -> int:
         folder=args.output,
         recipe=args.recipe,
         epochs=args.epochs,
-        schedules=tuple(grid_of(base, keeps=args.keep, policies=args.policy, aligns=args.align)),
+        schedules=tuple(
+            base.with_options(policy=policy, align=align, conv=conv, keep=keep)
+            for policy, (align, conv), keep in itertools.product(args.policy, args.align, args.keep)
+        ),
         device=chosen_device(args),
         batch_size=args.batch_size,
         amp_dtype=amp_dtype(args),

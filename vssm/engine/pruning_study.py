@@ -46,7 +46,7 @@ class Study:
         folder: Keeps what has been done, from which a later call goes on.
         recipe: File of options of ``vssm train``, with which models are trained further.
         epochs: Of that training; 0 for none.
-        schedules: Ways to reduce tokens, which differ in policy, alignment and share alone.
+        schedules: Ways to reduce tokens, which differ in policy, alignment, convolutions and share alone.
         device: Where to compute.
         batch_size: Images per step of evaluations; halved until a step fits into memory.
         amp_dtype: Half precision of evaluations; float32 when None.
@@ -108,21 +108,20 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """Such as ``top_decay_0.8``; what else a schedule says is the same in a study."""
-        if self.schedule is None:
-            return "dense"
-        return _name(self.schedule)
+        """Such as ``top_decay_0.8`` or ``top_decay-compact_0.8``; what else a schedule says is the same in a study."""
+        return "dense" if self.schedule is None else _name(self.schedule)
 
     @property
-    def without_alignment(self) -> str | None:
-        """Name of the variant that differs in its alignment, which is none; None for that one and for all tokens."""
+    def unaligned(self) -> str | None:
+        """Name of the variant that knows nothing of the tokens that are gone; None for that one and for all tokens."""
         if self.schedule is None or self.schedule.align == "none":
             return None
-        return _name(self.schedule.with_options(align="none"))
+        return _name(self.schedule.with_options(align="none", conv=None))
 
 
 def _name(schedule: Schedule) -> str:
-    return f"{schedule.policy}_{schedule.align}_{schedule.keep}"
+    way = "-".join(filter(None, (schedule.align, schedule.conv)))
+    return f"{schedule.policy}_{way}_{schedule.keep}"
 
 
 def weights_of(run: Path) -> Path:
@@ -327,8 +326,8 @@ def records_of(study: Study, variants: Sequence[Variant], evaluations: Evaluatio
     Returns:
         Records with ``policy`` (None for all tokens) and what else `describe_reduction` says, ``epochs`` of training on
         these tokens, ``seeds``, ``images``, ``top1`` in percent, the mean over seeds, and ``top1_of_seeds``; in points
-        ``difference`` to the dense models as they are, and ``over_none`` to what differs by ``align="none"`` alone,
-        both with the ends of their paired 95 % intervals (``_low``, ``_high``) over images and seeds.
+        ``difference`` to the dense models as they are, and ``over_none`` to the same policy and share with
+        ``align="none"``, both with the ends of their paired 95 % intervals (``_low``, ``_high``) over images and seeds.
     """
     found: dict[tuple[str, bool], dict[int, np.ndarray]] = {}
     for trained, variant in itertools.product((False, True) if study.epochs else (False,), variants):
@@ -342,7 +341,7 @@ def records_of(study: Study, variants: Sequence[Variant], evaluations: Evaluatio
             record = {**variant.about, "epochs": study.epochs if trained else 0, **_accuracy(hits)}
             if hits is not dense:
                 record |= _gain("difference", hits, dense)
-            if (plain := variant.without_alignment) is not None:
+            if (plain := variant.unaligned) is not None:
                 record |= _gain("over_none", hits, found.get((plain, trained), {}))
             records.append(record)
     return records

@@ -8,10 +8,11 @@ from vssm.engine.plot import COLOURS, new_figure, save_figure
 from vssm.pruning import ALIGNMENTS
 
 _APART = 0.008  # of the operations of the dense model: points of the same schedule stand so far from each other
+_ENDS = ("_low", "_high")
 
 
 def draw_study(path: str | os.PathLike, records: Sequence[dict[str, Any]]) -> None:
-    """Draws accuracy against the share of operations, a panel for each policy and a colour for each alignment.
+    """Draws accuracy against the share of operations, a panel for each policy and a colour for each way to align.
 
     Open markers and broken lines are models as they are, filled ones those trained further; bars are the 95 % intervals
     of their differences to the dense models as they are, whose accuracy is the grey line.
@@ -24,6 +25,7 @@ def draw_study(path: str | os.PathLike, records: Sequence[dict[str, Any]]) -> No
         ValueError: matplotlib is missing, or the format is unknown.
     """
     dense, *others = records
+    ways = sorted({_way(record) for record in others if record["policy"] is not None})
     policies = list(dict.fromkeys(record["policy"] for record in others if record["policy"] is not None))
     figure = new_figure(width=1.4 + 2.9 * len(policies), height=4.2)
     first = None
@@ -35,50 +37,48 @@ def draw_study(path: str | os.PathLike, records: Sequence[dict[str, Any]]) -> No
         for record in records:
             if record["policy"] is None:
                 _draw_dense(axes, record)
-        _draw_policy(axes, [record for record in others if record["policy"] == policy], dense)
+        _draw_policy(axes, [record for record in others if record["policy"] == policy], ways)
         axes.grid(alpha=0.3, linewidth=0.5)
         axes.spines[["top", "right"]].set_visible(False)
     figure.supxlabel("operations over those of the dense model", fontsize="medium")
     figure.supylabel("held-out top-1 (%)", fontsize="medium")
     drawn = [axes.get_legend_handles_labels() for axes in figure.axes]
     handles = {label: handle for pair in drawn for handle, label in zip(*pair, strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside right upper", frameon=False)
+    epochs = max(record["epochs"] for record in records)
+    title = f"open: as they are\nfilled: trained {epochs} epoch{'s' * (epochs > 1)} further" if epochs else None
+    figure.legend(handles.values(), handles.keys(), title=title, loc="outside right upper", frameon=False)
     save_figure(figure, path)
-
-
-def _after(epochs: int) -> str:
-    return f", {epochs} more epoch{'s' if epochs > 1 else ''}" if epochs else ""
 
 
 def _draw_dense(axes: Any, record: dict[str, Any]) -> None:
     style: dict[str, Any] = {"marker": "*", "markersize": 11, "linestyle": "", "color": "black"}
     face = "black" if record["epochs"] else "white"
-    axes.plot(1.0, record["top1"], markerfacecolor=face, label=f"all tokens{_after(record['epochs'])}", **style)
+    axes.plot(1.0, record["top1"], markerfacecolor=face, label="all tokens", **style)
 
 
-def _draw_policy(axes: Any, records: Sequence[dict[str, Any]], dense: dict[str, Any]) -> None:
-    lines: dict[tuple[str, int], list[dict[str, Any]]] = {}
-    ordered = sorted(records, key=lambda each: (ALIGNMENTS.index(each["align"]), each["epochs"], each["over_dense"]))
-    for record in ordered:
-        lines.setdefault((record["align"], record["epochs"]), []).append(record)
-    for (align, trained), points in lines.items():
-        index = ALIGNMENTS.index(align)
-        colour, label = COLOURS[index], align + _after(trained)
-        shift = _APART * (index - (len(ALIGNMENTS) - 1) / 2)
+def _way(record: dict[str, Any]) -> tuple[int, str]:
+    """Place of a record's alignment, and what to call it with its convolutions."""
+    return ALIGNMENTS.index(record["align"]), ", ".join(filter(None, (record["align"], record["conv"])))
+
+
+def _draw_policy(axes: Any, records: Sequence[dict[str, Any]], ways: Sequence[tuple[int, str]]) -> None:
+    lines: dict[tuple[tuple[int, str], int], list[dict[str, Any]]] = {}
+    for record in sorted(records, key=lambda each: (_way(each), each["epochs"], each["over_dense"])):
+        lines.setdefault((_way(record), record["epochs"]), []).append(record)
+    for (way, epochs), points in lines.items():
+        index = ways.index(way)
         middle = [record["top1"] for record in points]
-        ends = [[dense["top1"] + record[f"difference_{end}"] for record in points] for end in ("low", "high")]
-        spread = [[y - low for y, low in zip(middle, ends[0], strict=True)]]
-        spread += [[high - y for y, high in zip(middle, ends[1], strict=True)]]
+        spread = [[abs(record[f"difference{end}"] - record["difference"]) for record in points] for end in _ENDS]
         axes.errorbar(
-            [record["over_dense"] + shift for record in points],
+            [record["over_dense"] + _APART * (index - (len(ways) - 1) / 2) for record in points],
             middle,
             yerr=spread,
-            label=label,
-            color=colour,
+            label=way[1],
+            color=COLOURS[index],
             marker="o",
             markersize=5,
-            markerfacecolor=colour if trained else "white",
-            linestyle="-" if trained else "--",
+            markerfacecolor=COLOURS[index] if epochs else "white",
+            linestyle="-" if epochs else "--",
             linewidth=1.4,
             elinewidth=0.8,
         )
