@@ -10,7 +10,7 @@ import torch
 
 from image_folders import make_folder
 from vssm.cli import main
-from vssm.engine.compare import curve_of, group_records, paired_difference
+from vssm.engine.compare import curve_of, difference_within_runs, group_records, paired_difference
 from vssm.engine.recipe import Recipe
 from vssm.engine.train import train
 from vssm.engine.training_setup import Setting
@@ -47,6 +47,19 @@ def test_runs_that_differ_make_it_less_sure():
     assert spread.points == pytest.approx(0, abs=1e-9)
     assert spread.low < -5
     assert spread.high > 5
+
+
+def test_a_treatment_of_the_same_runs_is_surer_than_other_runs():
+    before, after = hits(0.6, 0.7, 0.8), hits(0.65, 0.75, 0.85)
+    within, apart = difference_within_runs(after, before), paired_difference(after, before)
+    assert within.points == apart.points == pytest.approx(5)
+    # Every run gains at 20 of 400 images, at others each: the deviation of the mean of three drawn with replacement,
+    # by images that may be drawn for several of them, lies between that of one run and that of three apart.
+    half, of_one = (within.high - within.low) / 2, 100 * 1.96 * (0.05 * 0.95 / 400) ** 0.5
+    assert of_one / 3**0.5 < half < of_one < (apart.high - apart.low) / 2
+    assert difference_within_runs(before, before) == (0, 0, 0)
+    with pytest.raises(ValueError, match=r"expected the same runs and images, got \(3, 400\) and \(2, 400\)"):
+        difference_within_runs(before, hits(0.5, 0.6))
 
 
 def test_groups_are_compared_with_the_first():

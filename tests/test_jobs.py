@@ -37,11 +37,23 @@ def test_so_many_run_at_once():
     assert max(together) == 2
 
 
+@pytest.mark.parametrize(("given", "expected"), [(None, "3"), ("5", "5")])
+def test_cores_are_shared(monkeypatch, given, expected):
+    monkeypatch.setattr(jobs_module.os, "cpu_count", lambda: 6)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    run_jobs([job("a", "import os; print(os.environ['OMP_NUM_THREADS'])")], at_once=2)
+    assert Path("logs/a.txt").read_text().strip() == expected
+
+
 def test_a_failure_is_told_and_stops_no_other():
     ended = []
     works, fails = "print('fine')", "print('first'); raise SystemExit('no such thing')"
-    failed = run_jobs([job("a", fails), job("b", works)], at_once=1, ended=lambda each: ended.append(each.name))
-    assert failed == {"a": "no such thing"}
+    killed = "import os; print('fine', flush=True); os.kill(os.getpid(), 9)"
+    all_three = [job("a", fails), job("b", works), job("c", killed)]
+    failed = run_jobs(all_three, at_once=1, ended=lambda each: ended.append(each.name))
+    assert failed == {"a": "no such thing", "c": "ended by signal 9"}
     assert ended == ["b"]
     assert Path("logs/b.txt").read_text().strip() == "fine"
 

@@ -15,7 +15,7 @@ from image_folders import make_folder
 from vssm.cli import main
 from vssm.engine import pruning_study
 from vssm.engine.classifier import load
-from vssm.engine.compare import paired_difference
+from vssm.engine.compare import difference_within_runs
 from vssm.engine.evaluate import validate
 from vssm.engine.jobs import Job
 from vssm.engine.prune import grid_of
@@ -136,7 +136,7 @@ def test_differences_are_paired_by_seed(study):
         (decay, "difference", hits["dense"]),
         (decay, "over_none", hits["top_none_0.5"]),
     ):
-        expected = paired_difference(hits["top_decay_0.5"], other, same_runs=True)
+        expected = difference_within_runs(hits["top_decay_0.5"], other)
         assert (record[name], record[f"{name}_low"], record[f"{name}_high"]) == expected
     assert "over_none" not in none
     assert further["seeds"] == [2]  # the other is not there yet, and nothing of it is compared

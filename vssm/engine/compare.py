@@ -1,5 +1,6 @@
 """Compares ways to train by the held-out images that their runs get right."""
 
+import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from vssm.files import atomic_path
 
 RESAMPLES = 10_000
 WEIGHTS = "final.safetensors"  # of a run
+_AT_ONCE = 1_000  # resamples, for the sake of memory
 _LOG = "log.csv"
 
 
@@ -33,9 +35,7 @@ class Curve(NamedTuple):
     highest: list[float]
 
 
-def paired_difference(
-    first: np.ndarray, second: np.ndarray, *, resamples: int = RESAMPLES, same_runs: bool = False
-) -> Difference:
+def paired_difference(first: np.ndarray, second: np.ndarray, *, resamples: int = RESAMPLES) -> Difference:
     """The difference of two groups of runs on the same images, and how sure it is.
 
     Images and, apart in each group, runs are drawn anew with replacement; the interval holds the middle 95 % of the
@@ -45,30 +45,55 @@ def paired_difference(
         first: Whether each run is right on each image, (runs, images).
         second: The same of the other group; it may have another number of runs.
         resamples: How often to draw.
-        same_runs: Whether the groups hold the same runs, treated in two ways, which are then drawn together.
 
     Raises:
-        ValueError: The groups have not the same images, or not the same runs if they should.
+        ValueError: The groups have not the same images.
 
     Reference:
         Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13.
     """
     if first.shape[1] != second.shape[1]:
         raise ValueError(f"compare: expected the same images, got {first.shape[1]} and {second.shape[1]}")
-    if same_runs and len(first) != len(second):
-        raise ValueError(f"compare: expected the same runs, got {len(first)} and {len(second)}")
     random = np.random.default_rng(0)
     images = first.shape[1]
-    gained = first.astype(np.float32) - second if same_runs else None
     differences = np.empty(resamples)
     for i in range(resamples):
         drawn = np.bincount(random.integers(images, size=images), minlength=images)
-        if gained is not None:
-            differences[i] = _of_drawn_runs(gained, drawn, random)
-        else:
-            differences[i] = _of_drawn_runs(first, drawn, random) - _of_drawn_runs(second, drawn, random)
+        differences[i] = _of_drawn_runs(first, drawn, random) - _of_drawn_runs(second, drawn, random)
     low, high = np.percentile(differences, [2.5, 97.5])
     return Difference(100 * float(first.mean() - second.mean()), float(low), float(high))
+
+
+def difference_within_runs(first: np.ndarray, second: np.ndarray, *, resamples: int = RESAMPLES) -> Difference:
+    """As `paired_difference`, of the same runs treated in two ways: what is drawn are images and pairs of runs.
+
+    Args:
+        first: Whether each run is right on each image after the first treatment, (runs, images).
+        second: The same after the second.
+        resamples: How often to draw.
+
+    Raises:
+        ValueError: The runs or the images are not as many.
+    """
+    if first.shape != second.shape:
+        raise ValueError(f"compare: expected the same runs and images, got {first.shape} and {second.shape}")
+    gained = first.astype(np.float32) - second  # (runs, images)
+    drawn, weights = _draws(*gained.shape, resamples)
+    parts = (slice(start, start + _AT_ONCE) for start in range(0, resamples, _AT_ONCE))
+    sums = [np.einsum("sr,sr->s", drawn[part].astype(np.float32) @ gained.T, weights[part]) for part in parts]
+    low, high = np.percentile(np.concatenate(sums), [2.5, 97.5]) * 100 / gained.size
+    return Difference(100 * float(first.mean() - second.mean()), float(low), float(high))
+
+
+@functools.lru_cache(maxsize=1)  # comparisons of one study differ in nothing that this depends on
+def _draws(runs: int, images: int, resamples: int) -> tuple[np.ndarray, np.ndarray]:
+    """How often each image (resamples, images) and each run (resamples, runs) is drawn."""
+    random = np.random.default_rng(0)
+
+    def counts(size: int) -> np.ndarray:
+        return np.bincount(random.integers(size, size=size), minlength=size).astype(np.uint8)
+
+    return np.stack([counts(images) for _ in range(resamples)]), np.stack([counts(runs) for _ in range(resamples)])
 
 
 def group_records(groups: Mapping[str, Sequence[np.ndarray]], *, resamples: int = RESAMPLES) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Commands that run as processes of their own, a few at a time, and that a signal ends well."""
 
 import logging
+import os
 import subprocess
 import sys
 import time
@@ -42,7 +43,7 @@ def run_jobs(
     stop: Callable[[], bool] = lambda: False,
     ended: Callable[[Job], object] = lambda job: None,
 ) -> dict[str, str]:
-    """Runs commands, so many at once, in their order.
+    """Runs commands, so many at once, in their order, each with its part of the cores unless OMP_NUM_THREADS is set.
 
     One that fails does not keep the others from running. Once ``stop`` is true, none is started any more and those that
     run get SIGTERM, at which they are expected to save what they have and to end.
@@ -54,7 +55,7 @@ def run_jobs(
         ended: Called after each command that has ended with status 0.
 
     Returns:
-        By the names of jobs that have failed, the last line that they said.
+        By the names of jobs that have failed, the last line that they said, or the signal that has ended them.
     """
     pool = _Pool(jobs, at_once)
     try:
@@ -79,6 +80,8 @@ class _Pool:
         self.running: dict[Job, subprocess.Popen] = {}
         self.failed: dict[str, str] = {}
         self._at_once = at_once
+        threads = max(1, (os.cpu_count() or 1) // at_once)
+        self._environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
         self._asked = False
         self._done = {job.name: job.done() for job in jobs}
         self._finished = 0
@@ -97,7 +100,7 @@ class _Pool:
             job.log.parent.mkdir(parents=True, exist_ok=True)
             with job.log.open("ab") as log:
                 self.running[job] = subprocess.Popen(
-                    job.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+                    job.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=self._environment
                 )
 
     def terminate(self) -> None:
@@ -114,9 +117,9 @@ class _Pool:
             del self.running[job]
             self._finished += 1
             if status != 0 and not self._asked:
-                self.failed[job.name] = _last_line(job.log) or f"exit status {status}"
+                self.failed[job.name] = _reason(status, job.log)
                 _logger.warning("%s failed: %s (%s)", job.name, self.failed[job.name], job.log)
-            elif not self._asked:
+            elif not self._asked and self._bar.disable:
                 _logger.info("%d of %d: %s", self._finished, self._total, job.name)
         self._show([*over, *self.running])
         return [job for job, status in over.items() if status == 0]
@@ -136,6 +139,8 @@ class _Pool:
         self._bar.update(sum(self._done.values()) - self._bar.n)
 
 
-def _last_line(log: Path) -> str:
+def _reason(status: int, log: Path) -> str:
+    if status < 0:
+        return f"ended by signal {-status}"
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return lines[-1] if lines else ""
+    return lines[-1] if lines else f"exit status {status}"

@@ -17,7 +17,7 @@ from vssm import checkpoint
 from vssm.data.images import DecodedImages
 from vssm.data.loaders import eval_loader
 from vssm.engine.classifier import Classifier, ModelSpec, load, read_description
-from vssm.engine.compare import WEIGHTS, paired_difference
+from vssm.engine.compare import WEIGHTS, difference_within_runs
 from vssm.engine.evaluate import evaluate, open_for
 from vssm.engine.info import count_operations, count_reduced
 from vssm.engine.jobs import Job, run_jobs
@@ -363,5 +363,5 @@ def _gain(name: str, hits: Mapping[int, np.ndarray], others: Mapping[int, np.nda
     if not both:
         return {}
     first, second = (np.stack([each[number] for number in both]) for each in (hits, others))
-    points, low, high = paired_difference(first, second, same_runs=True)
+    points, low, high = difference_within_runs(first, second)
     return {name: points, f"{name}_low": low, f"{name}_high": high}
