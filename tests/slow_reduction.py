@@ -182,10 +182,11 @@ def _run_mixer(mixer, x: Tensor, names: list[int], size, tokens: int, align: str
 def _scan(
     ssm: SelectiveSSM, u: Tensor, names, walk, align: str, *, parameters: int, idle: Tensor, moves=None
 ) -> Tensor:
-    """One direction: walks over all tokens, stops at those that are there, and decays as at ``idle`` over others."""
+    """One direction: walks over all tokens, stops at those that are there, and decays over others, if at all."""
     weight = ssm.x_proj.weight.unflatten(0, (ssm.directions, -1))[parameters]
     dt, B, C = (torch.cat([u, idle[None]]) @ weight.T).split([ssm.dt_rank, ssm.d_state, ssm.d_state], dim=-1)
     step = F.softplus(dt @ ssm.dt_weight[parameters].T + ssm.step_bias[parameters])
+    rest = {"decay": F.softplus(ssm.step_bias[parameters]), "idle": step[-1]}.get(align)
     A = -ssm.A_log[parameters].exp()
     place = {token: i for i, token in enumerate(names)}
     state = torch.zeros_like(A)
@@ -193,7 +194,7 @@ def _scan(
     visited = 0
     for at, token in enumerate(walk):
         if token not in place:
-            state = torch.exp(step[-1][:, None] * A) * state if align == "decay" else state
+            state = state if rest is None else torch.exp(rest[:, None] * A) * state
             continue
         i = place[token]
         row = i if moves is None else visited  # PlainMamba reads the parameters in raster order

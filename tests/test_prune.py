@@ -71,8 +71,10 @@ def test_operations_of_reduced_blocks_by_hand():
     schedule = Schedule("vim_tiny_patch16_224", after=(10,), keep=0.8)
     pruned = describe("vim_tiny_patch16_224", prune=schedule)["pruned_gflops"]
     block = 192 * 768 + 2 * 384 * (12 + 2 * 16) + 2 * 12 * 384 + 384 * 192 + 9 * 2 * 384 * 16
-    idle = 2 * 384 * (12 + 2 * 16)  # the step of a token that is gone
-    assert dense["total_gflops"] - pruned == pytest.approx(14 * ((197 - 157) * block - idle) / 1e9, rel=1e-12)
+    assert dense["total_gflops"] - pruned == pytest.approx(14 * (197 - 157) * block / 1e9, rel=1e-12)
+    idle = describe("vim_tiny_patch16_224", prune=schedule.with_options(align="idle"))["pruned_gflops"]
+    step = 2 * 384 * (12 + 2 * 16)  # of one token that is gone
+    assert idle - pruned == pytest.approx(14 * step / 1e9, rel=1e-9)
 
 
 def test_schedule_gives_the_reducer_of_its_arguments(tmp_path):

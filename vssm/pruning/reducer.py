@@ -23,7 +23,7 @@ from vssm.pruning.prunable import check_block
 from vssm.pruning.token_map import Reduction, TokenMap, take
 from vssm.scan_order import restrict
 
-ALIGNMENTS = ("decay", "hold", "none", "mask")
+ALIGNMENTS = ("decay", "idle", "hold", "none", "mask")
 CONVOLUTIONS = ("grid", "compact")
 
 
@@ -96,9 +96,10 @@ class TokenReducer:
         policy: One of `METHODS`, ``"top"``, ``"merge"``, ``"mtr"`` or ``"utr"``, or a `Policy`.
         score: What the policy asks for each token's importance, one of `SCORES` or a function of a `BlockTrace`; the
             method's own when not given, and ``"clipped_output"`` for a policy that is no name.
-        align: How a scan treats dropped tokens: ``"decay"`` lets the state decay over them, ``"hold"`` and ``"none"``
-            let it be, ``"mask"`` computes on all tokens, those that are dropped being zero before every block. All
-            but the last cost as much as the tokens that are left.
+        align: How a scan treats dropped tokens: ``"decay"`` lets the state decay over them as over zeros at its own
+            input, ``"idle"`` as over what a convolution with a bias makes of zeros, ``"hold"`` and ``"none"`` let it
+            be, ``"mask"`` computes on all tokens, those that are dropped being zero before every block. All but the
+            last cost as much as the tokens that are left.
         conv: What a convolution sees: ``"grid"``, zeros where tokens are dropped, or ``"compact"``, those that are
             left as if they were neighbours, which a convolution of a grid cannot. When not given, ``"compact"`` for
             ``align="none"`` and ``"grid"`` else.
@@ -376,10 +377,10 @@ class TokenReducer:
         call = dict(zip(names, args, strict=False)) | kwargs
         route = _route(run, place.earlier[-1], token_map, call.get("order"))
         call["order"] = route.order
-        if self.align == "decay":
+        if self.align in ("decay", "idle"):
             call["gap"] = route.gap
-            if "idle" in names:
-                call["idle"] = _idle_input(place.block.get_submodule("mixer"))
+        if self.align == "idle":
+            call["idle"] = _idle_input(place.block.get_submodule("mixer"))
         if route.steps is not None and "moves" in call:
             call["moves"] = call["moves"].expand(len(route.steps), -1, -1).gather(2, route.steps)
         return (call.pop("x"),), call
