@@ -51,10 +51,9 @@ def _parser() -> Parser:
         "--align",
         type=_way,
         nargs="+",
-        default=[*map(_way, ("decay", "decay:compact", "hold", "none", "mask"))],
         metavar="ALIGN[:CONV]",
-        help="how scans treat tokens that are gone, and what convolutions see, where that is not as usual (default: "
-        "decay decay:compact hold none mask)",
+        help="how scans treat tokens that are gone, and after a colon what convolutions see, if not what is usual "
+        f"(default: {' '.join(ALIGNMENTS)})",
     )
     parser.add_argument("--epochs", type=count, default=10, metavar="N", help="of training on fewer tokens; 0 for none")
     parser.add_argument("--recipe", type=Path, default=_RECIPE, metavar="FILE.yaml", help="options of that training")
@@ -95,7 +94,9 @@ def main() -> int:
         epochs=args.epochs,
         schedules=tuple(
             base.with_options(policy=policy, align=align, conv=conv, keep=keep)
-            for policy, (align, conv), keep in itertools.product(args.policy, args.align, args.keep)
+            for policy, (align, conv), keep in itertools.product(
+                args.policy, args.align or map(_way, ALIGNMENTS), args.keep
+            )
         ),
         device=chosen_device(args),
         batch_size=args.batch_size,
