@@ -69,12 +69,12 @@ def _keys_of_part(
     part, bias, head, query_y, query_x, starts, first_y, span_y, first_x, span_x,
     remainder_y, remainder_x, dilation_y, dilation_x, width, WINDOW: tl.constexpr, PARTNERS: tl.constexpr,
 ):  # fmt: skip
-    """Tokens of a part of the keys that a tile sees, which exist, places in windows and biases of the pairs."""
-    key_y, key_x, is_key = partners(part, first_y, span_y, first_x, span_x, PARTNERS)
-    keys = token(key_y, key_x, remainder_y, remainder_x, dilation_y, dilation_x, width)
+    """Tokens of a part of the keys that a tile sees, places in windows and biases of the pairs."""
+    key_y, key_x = partners(part, first_y, span_y, first_x, span_x, PARTNERS)
+    keys = token(key_y, key_x, first_y + span_y - 1, remainder_y, remainder_x, dilation_y, dilation_x, width)
     places = packed(key_y, key_x)[None, :] - starts[:, None]
     at = in_table(key_y, key_x, WINDOW)[None, :] - in_table(query_y, query_x, WINDOW)[:, None]
-    return keys, is_key, places, biases_at(bias, head, places, at, WINDOW)
+    return keys, places, biases_at(bias, head, places, at, WINDOW)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -93,7 +93,7 @@ def attention_forward_kernel(
     is_tile, query_y, query_x, is_query, first_y, last_y, first_x, last_x = tile(
         tile_y, tile_x, members_y, members_x, SIDE_Y, SIDE_X, STEP_Y, STEP_X, FLAT
     )
-    queries = token(query_y, query_x, remainder_y, remainder_x, dilation_y, dilation_x, width)
+    queries = token(query_y, query_x, last_y, remainder_y, remainder_x, dilation_y, dilation_x, width)
     starts = packed(start_of(query_y, members_y, WINDOW), start_of(query_x, members_x, WINDOW))
     first_y, span_y = keys_of(first_y, last_y, members_y, WINDOW)
     first_x, span_x = keys_of(first_x, last_x, members_x, WINDOW)
@@ -101,7 +101,7 @@ def attention_forward_kernel(
     first_sample, last_sample = samples_of(group, chunk, samples, is_tile)
 
     for part in range(parts):
-        keys, is_key, _, biases = _keys_of_part(
+        keys, _, biases = _keys_of_part(
             part, bias, head, query_y, query_x, starts, first_y, span_y, first_x, span_x,
             remainder_y, remainder_x, dilation_y, dilation_x, width, WINDOW, PARTNERS,
         )  # fmt: skip
@@ -109,9 +109,9 @@ def attention_forward_kernel(
             q_rows = rows_of(q, sample, head, q_sample, q_head, ALIGNED)
             k_rows = rows_of(k, sample, head, k_sample, k_head, ALIGNED)
             v_rows = rows_of(v, sample, head, v_sample, v_head, ALIGNED)
-            q_tile = load(q_rows, queries, is_query, q_token, DIM, PADDED, ALIGNED)
-            k_tile = load(k_rows, keys, is_key, k_token, DIM, PADDED, ALIGNED)
-            v_tile = load(v_rows, keys, is_key, v_token, VALUES, PADDED_VALUES, ALIGNED)
+            q_tile = load(q_rows, queries, q_token, DIM, PADDED, ALIGNED)
+            k_tile = load(k_rows, keys, k_token, DIM, PADDED, ALIGNED)
+            v_tile = load(v_rows, keys, v_token, VALUES, PADDED_VALUES, ALIGNED)
             scores = product(q_tile, tl.trans(k_tile), biases, WIDE)
             highest = tl.maximum(tl.max(scores, 1), LOWEST)  # a query may see no key of this part
             weights = tl.exp2(scores * LOG2_E - (highest * LOG2_E)[:, None])
@@ -159,7 +159,7 @@ def attention_queries_kernel(
     is_tile, query_y, query_x, is_query, first_y, last_y, first_x, last_x = tile(
         tile_y, tile_x, members_y, members_x, SIDE_Y, SIDE_X, STEP_Y, STEP_X, FLAT
     )
-    queries = token(query_y, query_x, remainder_y, remainder_x, dilation_y, dilation_x, width)
+    queries = token(query_y, query_x, last_y, remainder_y, remainder_x, dilation_y, dilation_x, width)
     starts = packed(start_of(query_y, members_y, WINDOW), start_of(query_x, members_x, WINDOW))
     first_y, span_y = keys_of(first_y, last_y, members_y, WINDOW)
     first_x, span_x = keys_of(first_x, last_x, members_x, WINDOW)
@@ -170,7 +170,7 @@ def attention_queries_kernel(
     for turn in range(2 * parts if MANY else 1):
         part = turn % parts
         adds_up = turn < parts
-        keys, is_key, places, biases = _keys_of_part(
+        keys, places, biases = _keys_of_part(
             part, bias, head, query_y, query_x, starts, first_y, span_y, first_x, span_x,
             remainder_y, remainder_x, dilation_y, dilation_x, width, WINDOW, PARTNERS,
         )  # fmt: skip
@@ -180,12 +180,12 @@ def attention_queries_kernel(
             k_rows = rows_of(k, sample, head, k_sample, k_head, ALIGNED)
             v_rows = rows_of(v, sample, head, v_sample, v_head, ALIGNED)
             dy_rows = rows_of(dy, sample, head, dy_sample, dy_head, ALIGNED)
-            q_tile = load(q_rows, queries, is_query, q_token, DIM, PADDED, ALIGNED)
-            k_tile = load(k_rows, keys, is_key, k_token, DIM, PADDED, ALIGNED)
-            v_tile = load(v_rows, keys, is_key, v_token, VALUES, PADDED_VALUES, ALIGNED)
-            dy_tile = load(dy_rows, queries, is_query, dy_token, VALUES, PADDED_VALUES, ALIGNED)
+            q_tile = load(q_rows, queries, q_token, DIM, PADDED, ALIGNED)
+            k_tile = load(k_rows, keys, k_token, DIM, PADDED, ALIGNED)
+            v_tile = load(v_rows, keys, v_token, VALUES, PADDED_VALUES, ALIGNED)
+            dy_tile = load(dy_rows, queries, dy_token, VALUES, PADDED_VALUES, ALIGNED)
             of_queries = (sample * heads + head) * length + queries
-            level = tl.load(lse + of_queries, mask=is_query, other=0.0)
+            level = tl.load(lse + of_queries)
             scores = product(q_tile, tl.trans(k_tile), biases, WIDE)
             weights = tl.exp2(scores * LOG2_E - (level * LOG2_E)[:, None])
             dweights = product(dy_tile, tl.trans(v_tile), tl.zeros_like(weights), WIDE)
@@ -223,16 +223,17 @@ def attention_keys_kernel(
     is_tile, key_y, key_x, is_key, first_y, last_y, first_x, last_x = tile(
         tile_y, tile_x, members_y, members_x, SIDE_Y, SIDE_X, STEP_Y, STEP_X, FLAT
     )
-    keys = token(key_y, key_x, remainder_y, remainder_x, dilation_y, dilation_x, width)
+    keys = token(key_y, key_x, last_y, remainder_y, remainder_x, dilation_y, dilation_x, width)
     first_y, span_y = queries_of(first_y, last_y, members_y, WINDOW)
     first_x, span_x = queries_of(first_x, last_x, members_x, WINDOW)
     parts = tl.cdiv(span_y * span_x, PARTNERS) if MANY else 1
     first_sample, last_sample = samples_of(group, chunk, samples, is_tile)
 
     for part in range(parts):
-        query_y, query_x, is_query = partners(part, first_y, span_y, first_x, span_x, PARTNERS)
-        queries = token(query_y, query_x, remainder_y, remainder_x, dilation_y, dilation_x, width)
-        start_y = tl.where(is_query, start_of(query_y, members_y, WINDOW), NOWHERE)
+        query_y, query_x = partners(part, first_y, span_y, first_x, span_x, PARTNERS)
+        last = first_y + span_y - 1
+        queries = token(query_y, query_x, last, remainder_y, remainder_x, dilation_y, dilation_x, width)
+        start_y = tl.where(query_y <= last, start_of(query_y, members_y, WINDOW), NOWHERE)
         starts = packed(start_y, start_of(query_x, members_x, WINDOW))
         places = packed(key_y, key_x)[:, None] - starts[None, :]
         at = in_table(key_y, key_x, WINDOW)[:, None] - in_table(query_y, query_x, WINDOW)[None, :]
@@ -242,13 +243,13 @@ def attention_keys_kernel(
             k_rows = rows_of(k, sample, head, k_sample, k_head, ALIGNED)
             v_rows = rows_of(v, sample, head, v_sample, v_head, ALIGNED)
             dy_rows = rows_of(dy, sample, head, dy_sample, dy_head, ALIGNED)
-            k_tile = load(k_rows, keys, is_key, k_token, DIM, PADDED, ALIGNED)
-            v_tile = load(v_rows, keys, is_key, v_token, VALUES, PADDED_VALUES, ALIGNED)
-            q_tile = load(q_rows, queries, is_query, q_token, DIM, PADDED, ALIGNED)
-            dy_tile = load(dy_rows, queries, is_query, dy_token, VALUES, PADDED_VALUES, ALIGNED)
+            k_tile = load(k_rows, keys, k_token, DIM, PADDED, ALIGNED)
+            v_tile = load(v_rows, keys, v_token, VALUES, PADDED_VALUES, ALIGNED)
+            q_tile = load(q_rows, queries, q_token, DIM, PADDED, ALIGNED)
+            dy_tile = load(dy_rows, queries, dy_token, VALUES, PADDED_VALUES, ALIGNED)
             of_queries = (sample * heads + head) * length + queries
-            level = tl.load(lse + of_queries, mask=is_query, other=0.0)
-            dot = tl.load(dots + of_queries, mask=is_query, other=0.0)
+            level = tl.load(lse + of_queries)
+            dot = tl.load(dots + of_queries)
             scores = product(k_tile, tl.trans(q_tile), biases, WIDE)
             weights = tl.exp2(scores * LOG2_E - (level * LOG2_E)[None, :])
             minus_dot = tl.broadcast_to(-dot[None, :], (SIDE_Y * SIDE_X, PARTNERS))

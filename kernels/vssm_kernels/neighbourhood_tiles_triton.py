@@ -116,15 +116,16 @@ def queries_of(first, last, members, WINDOW: tl.constexpr):
 
 @triton.jit
 def partners(part, first_y, span_y, first_x, span_x, PARTNERS: tl.constexpr):
-    """Ranks of a part of a rectangle in raster order, by rows and columns, and which exist."""
+    """Ranks of a part of a rectangle in raster order, by rows and columns, in more rows than it has where it ends."""
     index = part * PARTNERS + tl.arange(0, PARTNERS)
     y = _divided(index, span_x)
-    return first_y + y, first_x + index - y * span_x, index < span_y * span_x
+    return first_y + y, first_x + index - y * span_x
 
 
 @triton.jit
-def token(y, x, remainder_y, remainder_x, dilation_y, dilation_x, width):
-    """Token of a rank."""
+def token(y, x, last_y, remainder_y, remainder_x, dilation_y, dilation_x, width):
+    """Token of a rank, in the last row for those after it."""
+    y = tl.minimum(y, last_y)
     return ((y * dilation_y + remainder_y) * width + x * dilation_x + remainder_x).to(tl.int64)
 
 
@@ -164,11 +165,13 @@ def rows_of(tensor, sample, head, sample_stride, head_stride, ALIGNED: tl.conste
 
 
 @triton.jit
-def load(rows, tokens, exists, stride, DIM: tl.constexpr, PADDED: tl.constexpr, ALIGNED: tl.constexpr):
-    """Rows of channels of some tokens, (tokens, channels), zero where there are none."""
+def load(rows, tokens, stride, DIM: tl.constexpr, PADDED: tl.constexpr, ALIGNED: tl.constexpr):
+    """Rows of channels of some tokens, (tokens, channels)."""
     channels = tl.arange(0, PADDED)
     at = rows + tl.multiple_of(tokens * stride, ALIGNED)[:, None] + channels[None, :]
-    return tl.load(at, mask=exists[:, None] & (channels < DIM)[None, :], other=0.0)
+    if DIM == PADDED:
+        return tl.load(at)
+    return tl.load(at, mask=(channels < DIM)[None, :], other=0.0)
 
 
 @triton.jit
@@ -185,7 +188,9 @@ def sums_before(
 ):  # fmt: skip
     """What earlier parts have left of a tile in ``sums``, whose head begins at row ``first``; zero where none has."""
     if MANY:
-        return load(sums + first * DIM, tokens, exists & (part > 0), stride, DIM, PADDED, 1)
+        channels = tl.arange(0, PADDED)
+        at = sums + first * DIM + (tokens * stride)[:, None] + channels[None, :]
+        return tl.load(at, mask=(exists & (part > 0))[:, None] & (channels < DIM)[None, :], other=0.0)
     return tl.zeros((tokens.shape[0], PADDED), tl.float32)
 
 
