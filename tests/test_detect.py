@@ -1,7 +1,9 @@
 """``vssm detect`` and ``vssm segment``: what is found is told, written and drawn where it is."""
 
 import json
+import runpy
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -195,6 +197,85 @@ def test_names_of_pictures_and_missing_files(tmp_path, capsys):
         image_files([tmp_path])
     assert main(["segment", "x.png", "--recipe", str(tmp_path / "no.py"), "--checkpoint", "no.pth"]) == 1
     assert capsys.readouterr().err == f"vssm segment: {tmp_path / 'no.py'}: no such file\n"
+
+
+class _Config(dict):
+    """What mmengine makes of a config: a dictionary with attributes."""
+
+    __getattr__ = dict.__getitem__
+    __setattr__ = dict.__setitem__
+
+    @classmethod
+    def fromfile(cls, path):
+        return cls({name: value for name, value in runpy.run_path(path).items() if not name.startswith("__")})
+
+
+@pytest.fixture
+def opened(tmp_path, monkeypatch):
+    """Gives the text of a config to a framework that takes anything; what it opened, and weights beside it."""
+    configs = []
+
+    def open_model(config, weights, **_):
+        configs.append(config)
+        raise ValueError("no such model")
+
+    for framework, opening in (("mmdet", "init_detector"), ("mmseg", "init_model")):
+        monkeypatch.setitem(sys.modules, framework, SimpleNamespace())
+        monkeypatch.setitem(sys.modules, f"{framework}.apis", SimpleNamespace(**{opening: open_model}))
+    monkeypatch.setitem(sys.modules, "vssm.openmmlab", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "mmengine", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "mmengine.config", SimpleNamespace(Config=_Config))
+    (tmp_path / "weights.pth").touch()
+
+    def opened(command, text):
+        configs.clear()
+        (tmp_path / "recipe.py").write_text(text)
+        options = ["--recipe", str(tmp_path / "recipe.py"), "--checkpoint", str(tmp_path / "weights.pth")]
+        assert main([command, "x.png", *options]) == 1
+        return configs[0] if configs else None
+
+    return opened
+
+
+_STEPS = [{"type": "LoadImageFromFile"}, {"type": "PackInputs"}]
+
+
+@pytest.mark.parametrize("command", ["detect", "segment"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"test_pipeline = {_STEPS}",
+        f"test_pipeline = {_STEPS}; test_dataloader = None",
+        f"test_pipeline = {_STEPS}; test_dataloader = dict(dataset=dict(type='Photographs'))",
+        f"test_dataloader = dict(dataset=dict(pipeline={_STEPS}))",
+        f"test_dataloader = dict(dataset=dict(type='Repeat', dataset=dict(pipeline={_STEPS})))",
+        f"test_dataloader = dict(dataset=dict(datasets=[dict(pipeline={_STEPS}), dict(pipeline=[])]))",
+    ],
+)
+def test_steps_are_found_where_a_config_has_them(opened, command, text):
+    config = opened(command, text)
+    assert config.test_pipeline == _STEPS
+    dataset = config.test_dataloader["dataset"]
+    while "pipeline" not in dataset:
+        dataset = dataset["dataset"] if "dataset" in dataset else dataset["datasets"][0]
+    assert dataset["pipeline"] == _STEPS
+    config.test_pipeline[0]["type"] = "LoadImageFromNDArray"
+    assert dataset["pipeline"] == _STEPS
+
+
+def test_each_framework_keeps_the_steps_it_would_take(opened):
+    config = opened("segment", "test_pipeline = [1]; test_dataloader = dict(dataset=dict(pipeline=[2]))")
+    assert (config.test_pipeline, config.test_dataloader["dataset"]["pipeline"]) == ([1], [2])
+
+
+@pytest.mark.parametrize("command", ["detect", "segment"])
+@pytest.mark.parametrize("text", ["", "test_dataloader = dict(dataset=dict(type='Photographs')); test_pipeline = []"])
+def test_a_config_without_steps_is_one_line(opened, command, text, capsys, tmp_path):
+    assert opened(command, text) is None
+    line = capsys.readouterr().err
+    expected = f"{tmp_path / 'recipe.py'}: expected test_pipeline or test_dataloader.dataset.pipeline, the steps from a"
+    assert line.startswith(f"vssm {command}: {expected}")
+    assert line.count("\n") == 1
 
 
 def test_without_the_extra_a_line_says_what_to_install(tmp_path, capsys, monkeypatch):

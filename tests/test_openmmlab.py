@@ -292,6 +292,14 @@ def test_a_recipe_trains_saves_resumes_and_predicts(name, coco, ade, tmp_path):
     for key, value in model.backbone.state_dict().items():
         torch.testing.assert_close(value, runner.model.backbone.state_dict()[key])
 
+    predicting.pop("test_pipeline")  # it is that of the data to test on, too
+    predicting.dump(tmp_path / "recipe.py")
+    assert main([command, str(folder), *map(str, options)]) == 0
+    assert json.loads((tmp_path / "found.json").read_text()) == [record]
+    predicting.pop("test_dataloader")
+    predicting.dump(tmp_path / "recipe.py")
+    assert main([command, str(folder), *map(str, options)]) == 1
+
 
 def test_what_a_run_reached_is_recorded(ade, tmp_path, monkeypatch, capsys):
     name = "mmseg/fpn_vmamba-tiny-s1l8_camvid-320x240.py"

@@ -1,8 +1,9 @@
 """Objects in images: boxes, classes and masks of a detector, as records and as pictures."""
 
+import copy
 import importlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -162,11 +163,12 @@ def open_mmdet(recipe: str | os.PathLike, checkpoint_path: str | os.PathLike, *,
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If mmdetection is not installed.
+        ValueError: If mmdetection is not installed, or the config does not say how images are read.
     """
     require_files(recipe, checkpoint_path)
     apis = framework("mmdet")
-    model = apis.init_detector(str(recipe), str(checkpoint_path), device=str(device))
+    # Any palette, since with none the data set to test on is built to ask for its own.
+    model = apis.init_detector(read_recipe(recipe), str(checkpoint_path), palette="random", device=str(device))
 
     def find(image: Image.Image) -> Found:
         found = apis.inference_detector(model, np.asarray(image)[..., ::-1]).pred_instances  # of blue, green and red
@@ -222,6 +224,35 @@ def framework(name: str) -> Any:
         return importlib.import_module(f"{name}.apis")
     except ImportError as error:
         raise ValueError(f'{name} cannot be used ({error}): pip install "vssm[mm]"') from error
+
+
+def read_recipe(recipe: str | os.PathLike) -> Any:
+    """A config of mmdet or mmseg, which says how images are read both where the one and where the other looks for it.
+
+    mmseg wants the steps as ``test_pipeline``, mmdet with the data to test on, ``test_dataloader.dataset.pipeline`` or
+    that of a data set inside of it. What is missing is taken from the other place.
+
+    Raises:
+        ValueError: If they are in neither place.
+    """
+    config = importlib.import_module("mmengine.config").Config.fromfile(str(recipe))
+    own = config.get("test_pipeline")
+    tested = _pipeline((config.get("test_dataloader") or {}).get("dataset") or {})
+    if not (own or tested):
+        raise ValueError(
+            f"{os.fspath(recipe)}: expected test_pipeline or test_dataloader.dataset.pipeline, the steps from a file "
+            "to the model's input, got neither; add to the config those of training without what is random"
+        )
+    config.test_pipeline = copy.deepcopy(own or tested)  # mmseg changes it
+    if not tested:
+        config.test_dataloader = {"dataset": {"pipeline": own}}
+    return config
+
+
+def _pipeline(dataset: Mapping[str, Any]) -> Sequence[dict] | None:
+    """The steps of a data set, or of the first one inside of it."""
+    inner = dataset.get("dataset") or next(iter(dataset.get("datasets") or ()), None)
+    return dataset.get("pipeline") or (None if inner is None else _pipeline(inner))
 
 
 def _objects(found: Found, classes: Sequence[str]) -> list[dict[str, Any]]:

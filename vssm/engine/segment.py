@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vssm.engine.detect import framework
+from vssm.engine.detect import framework, read_recipe
 from vssm.engine.views import require_files, views
 from vssm.files import atomic_path
 
@@ -41,11 +41,11 @@ def open_mmseg(recipe: str | os.PathLike, checkpoint_path: str | os.PathLike, *,
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If mmsegmentation is not installed.
+        ValueError: If mmsegmentation is not installed, or the config does not say how images are read.
     """
     require_files(recipe, checkpoint_path)
     apis = framework("mmseg")
-    model = apis.init_model(str(recipe), str(checkpoint_path), device=str(device))
+    model = apis.init_model(read_recipe(recipe), str(checkpoint_path), device=str(device))
 
     def classify(image: Image.Image) -> np.ndarray:
         found = apis.inference_model(model, np.asarray(image)[..., ::-1])  # of blue, green and red
