@@ -4,6 +4,7 @@ import json
 import runpy
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -299,6 +300,28 @@ def test_a_recipe_trains_saves_resumes_and_predicts(name, coco, ade, tmp_path):
     predicting.pop("test_dataloader")
     predicting.dump(tmp_path / "recipe.py")
     assert main([command, str(folder), *map(str, options)]) == 1
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on(coco, tmp_path):
+    name, work = "mmdet/mask-rcnn_vmamba-tiny-s1l8_fpn_1x_coco.py", tmp_path / "work"
+    cfg = small_config(CONFIGS / name, coco, work, model_name="test_vmamba")
+    cfg.train_cfg.max_iters, cfg.default_hooks.logger.interval = 5, 1
+    cfg.dump(tmp_path / "recipe.py")
+    command = [sys.executable, "-m", "vssm.openmmlab", "mmdet/train.py", str(tmp_path / "recipe.py")]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
+        while not (work / "iter_2.pth").is_file():
+            assert run.poll() is None
+            time.sleep(0.05)
+        run.kill()
+    killed_at = int((work / "last_checkpoint").read_text().rpartition("iter_")[2].partition(".")[0])
+    assert 1 <= killed_at < 5  # the newest file may be cut off, which last_checkpoint never names
+    subprocess.run([*command, "--resume"], check=True, capture_output=True)
+    first, second = sorted(work.glob("*/vis_data/scalars.json"))
+    steps = [[json.loads(line)["iter"] for line in log.read_text().splitlines()] for log in (first, second)]
+    assert steps[0][-1] >= killed_at
+    assert steps[1] == list(range(killed_at + 1, 6))
+    torch.load(work / "iter_5.pth", weights_only=False)
 
 
 def test_what_a_run_reached_is_recorded(ade, tmp_path, monkeypatch, capsys):
