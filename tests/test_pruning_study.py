@@ -212,11 +212,13 @@ def test_tool_goes_on_where_its_limit_has_ended_it(dense, tmp_path):
     command = [sys.executable, ROOT / "tools/pruning_study.py", data, "--dense", *runs, "--after", "1", "--keep", "0.5"]
     command += ["--policy", "top", "--align", "decay:compact", "none", "--epochs", "2", "--recipe", "further.yaml"]
     command += ["--jobs", "2", "--workers", "0", "--device", "cpu", "--output", "out", "--results", "r.json"]
-    lengths = []
+    lengths, said = [], []
     for more in (["--limit-s", "0"], ["--plot", "study.png"]):
         done = subprocess.run([*map(str, command), *more], cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         lengths.append(len(json.loads((tmp_path / "r.json").read_text())))
+        said.append("6 of 6 runs are left; the same call goes on" in done.stderr)
     assert lengths == [3, 6]
+    assert said == [True, False]
     assert (tmp_path / "study.png").is_file()
     assert "over_none_low" in done.stdout

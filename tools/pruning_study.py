@@ -17,7 +17,7 @@ from vssm.cli._options import Parser, picture_path, positive_int, results_path
 from vssm.cli._options import device as device_type
 from vssm.cli._training import AMP_DTYPES, DATA_HELP, amp_dtype, chosen_device, count, number
 from vssm.engine.classifier import load
-from vssm.engine.pruning_study import Evaluations, Study, records_of, train_on, variants_of, weights_of
+from vssm.engine.pruning_study import Evaluations, Study, records_of, train_on, unfinished, variants_of, weights_of
 from vssm.engine.pruning_study_plot import draw_study
 from vssm.engine.records import environment, print_table, write_results
 from vssm.engine.stopping import stop_on_signals
@@ -121,6 +121,8 @@ def main() -> int:
         write_results(args.results, [{**about, **record, **environment(study.device)} for record in records])
     if args.plot:
         draw_study(args.plot, records)
+    if left := unfinished(study, variants):
+        logging.info("%d of %d runs are left; the same call goes on", len(left), len(variants) * len(study.dense))
     return 1 if failed else 0
 
 

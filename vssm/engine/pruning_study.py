@@ -236,6 +236,16 @@ def run_name(variant: Variant, number: int) -> str:
     return f"{variant.name}-{number}"
 
 
+def unfinished(study: Study, variants: Sequence[Variant]) -> dict[str, tuple[Variant, int]]:
+    """Names of the runs that are still to be done, with variant and number of the dense model."""
+    return {
+        name: (variant, number)
+        for number in study.numbers  # first all variants of one, which can be compared
+        for variant in variants
+        if study.epochs and not (study.folder / "runs" / (name := run_name(variant, number)) / _FINISHED).is_file()
+    }
+
+
 def train_on(
     study: Study,
     variants: Sequence[Variant],
@@ -260,12 +270,7 @@ def train_on(
     Returns:
         By the names of runs that have failed, why.
     """
-    todo = {
-        run_name(variant, number): (variant, number)
-        for number in study.numbers  # first all variants of one, which can be compared
-        for variant in variants
-        if study.epochs and not (study.folder / "runs" / run_name(variant, number) / _FINISHED).is_file()
-    }
+    todo = unfinished(study, variants)
     jobs = [_job(study, variant, number, workers=workers) for variant, number in todo.values()]
     return run_jobs(jobs, at_once=at_once, stop=stop, ended=lambda job: ended(*todo[job.name]))
 
