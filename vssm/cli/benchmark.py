@@ -17,6 +17,7 @@ from vssm.engine.benchmark_attention import benchmark_attention
 from vssm.engine.benchmark_loader import LoaderSetting, benchmark_loader
 from vssm.engine.benchmark_op import OpSetting, benchmark_op
 from vssm.engine.op_plot import plot_op
+from vssm.engine.profile import profile_rows
 from vssm.engine.records import print_table, write_results
 from vssm.engine.throughput_plot import plot_throughput
 from vssm.engine.zoo import expand_names
@@ -102,6 +103,7 @@ def _add_model_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--img-size", type=_image_sizes, metavar="SIZE,...", help="224 or 160x256, several with commas")
     group.add_argument("--train", action="store_true", help="also measure a training step")
     add_compile(group)
+    group.add_argument("--profile", action="store_true", help="also tell which kernels a step spends its time in")
 
 
 def _add_op_arguments(group: argparse._ArgumentGroup) -> None:
@@ -168,12 +170,18 @@ def _benchmark_models(args: argparse.Namespace, device: torch.device) -> list[di
         amp_dtype=_op_options.DTYPES.get(args.amp_dtype),
         train=args.train,
         compile=args.compile,
+        profile=args.profile,
         warmup=args.warmup,
         repeats=args.repeats,
     )
     keep = partial(write_results, args.results) if args.results else None
     records = benchmark_models(expand_names(args.models), setting, img_sizes=args.img_size or [None], keep=keep)
     print_table(records, _MODEL_COLUMNS + (_TRAIN_COLUMNS if args.train else []))
+    for record in records:
+        for step in ("profile", "train_profile"):
+            if step in record:
+                print()
+                print_table(profile_rows(record, step), ["model", "step", "part", "ms", "share"])
     return records
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vssm.engine.memory import halving, release
+from vssm.engine.profile import profile_step
 from vssm.engine.records import environment
 from vssm.engine.timing import measure_memory, measure_time, throughput
 from vssm.engine.zoo import count_parameters, create_by_name, input_size, package_of
@@ -27,6 +28,7 @@ class Setting(NamedTuple):
         train: Also measure a training step.
         compile: Mode of ``torch.compile``, such as ``default`` or, with CUDA graphs, ``reduce-overhead``; eager when
             ``None``.
+        profile: Also tell which kernels a step spends its time in.
         warmup: Steps before the timed ones.
         repeats: Timed steps.
     """
@@ -36,6 +38,7 @@ class Setting(NamedTuple):
     amp_dtype: torch.dtype | None = None
     train: bool = False
     compile: str | None = None
+    profile: bool = False
     warmup: int = 3
     repeats: int = 10
 
@@ -69,8 +72,8 @@ def benchmark_models(
         One record per model and size: ``model``, ``package`` (vssm or timm), ``img_size``, ``params_m``, ``amp_dtype``,
         ``compile``, ``scan_backend`` (of vssm's models), ``warmup`` and ``repeats``;
         ``latency_ms`` of one image; ``batch_size``, ``images_per_s`` and ``peak_memory_mib`` of inference, the same
-        with ``train_`` before it of training if asked for; 10th and 90th percentiles of all times and rates; and the
-        environment.
+        with ``train_`` before it of training if asked for; 10th and 90th percentiles of all times and rates;
+        ``profile`` and ``train_profile``, as `profile_step` makes them, if asked for; and the environment.
 
     Raises:
         ValueError: A name is unknown, a model does not take a size, or one image does not fit into memory.
@@ -158,7 +161,8 @@ def _rates(call: Callable[[], object], batch_size: int, held: int, setting: Sett
     """Throughput and peak memory of a step; ``held`` bytes stay allocated between steps."""
     times = measure_time(call, setting.device, warmup=setting.warmup, repeats=setting.repeats)
     peak = None if setting.compile in _OF_GRAPHS else held / 2**20 + measure_memory(call, setting.device)
-    return {**throughput(times, batch_size), "peak_memory_mib": peak}
+    profile = {"profile": profile_step(call, setting.device)} if setting.profile else {}
+    return {**throughput(times, batch_size), "peak_memory_mib": peak, **profile}
 
 
 def _module(model: Callable[[Tensor], Tensor]) -> nn.Module:
