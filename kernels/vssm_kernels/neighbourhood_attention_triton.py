@@ -1,298 +1,451 @@
 """Neighbourhood attention as Triton kernels, and their launches.
 
-A program owns 16 tokens of one head: queries, and what these see, or keys, and what sees these. Which of them are pairs
-of neighbours, and what their biases are, is the same in every sample, so a program finds out once and goes over several
-samples.
+With dilation, cells of one remainder along either axis form a grid of their own, and windows are connected in it. A
+program owns a tile of such a grid, of one head of one sample: of queries, whose keys it walks over block by block, or
+of keys, whose queries it walks over. Both are a rectangle of the grid, and what in it is no pair is masked. Ranks are
+places in such a grid, tokens places in the map.
 """
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from vssm_kernels.neighbourhood_tiles_triton import (
-    LOG2_E,
-    LOWEST,
-    NOWHERE,
-    SIZES,
-    biases_at,
-    in_table,
-    keys_of,
-    load,
-    members_of,
-    packed,
-    partners,
-    place,
-    product,
-    queries_of,
-    rows_of,
-    samples_of,
-    seen,
-    start_of,
-    store_sums,
-    sums_before,
-    tile,
-    token,
-)
-from vssm_kernels.neighbourhood_tiling import Tiling
+from vssm_kernels.tables import cached
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+SIGNS = tl.constexpr(-0x7FFF8000)  # the sign bits of two packed numbers
+NOWHERE = tl.constexpr(4096)  # a row or column that is in no window
 
 
 @dataclass(frozen=True)
 class LaunchConfig:
     """Sizes of a launch."""
 
-    partners: tuple[int, ...] = (256, 128, 64, 32)  # of a part, the first that costs least
-    per_warp: int = 32  # of them: a thread has half as many pairs, in four matrices backwards and in one forwards
-    registers: int = 168  # of a thread at most
-    stages: int = 1  # samples whose loads are in flight
+    block: int  # tokens of a step of the walk
+    columns: int = 16  # of it at most, half of them where a rectangle is not wider
+    sides: tuple[int, ...] = (8, 4)  # of a tile, the first that costs least along its axis; 16 tokens at least
+    tokens_per_warp: int = 16  # of a tile: the rows of one instruction of the tensor cores
+    stages: int = 1  # steps whose loads are in flight
 
 
-FORWARD = LaunchConfig(per_warp=64)
-QUERIES = LaunchConfig()
-KEYS = LaunchConfig()
-REGISTERS = 65536  # of a multiprocessor, which is to run two programs at least: one waits while another computes
-# Warps that keep all multiprocessors busy, and samples that a program goes over at most, which then are enough to make
-# little of its beginning.
+# Registers decide: more of a tile's pairs at once would leave room for fewer warps.
+FORWARD = LaunchConfig(block=32)
+QUERIES = LaunchConfig(block=16)
+KEYS = LaunchConfig(block=16)
+BIASES = LaunchConfig(block=16)
+# Programs from which on samples are summed inside a program rather than kept apart: some for each multiprocessor.
 BUSY = 2048
-LONGEST = 16
 
-COUNTS = ("groups", "cells", "dilation", "inner")
+# Of which kernels learn nothing: they are compiled once for all maps.
+SIZES = ("heads", "height", "width", "dilation_y", "dilation_x", "tiles_y", "tiles_x", "samples", "blocks", "chunk")
 
 
 @triton.jit
-def _keys_of_part(
-    part, bias, head, query_y, query_x, starts, first_y, span_y, first_x, span_x,
-    remainder_y, remainder_x, dilation_y, dilation_x, width, WINDOW: tl.constexpr, PARTNERS: tl.constexpr,
-):  # fmt: skip
-    """Tokens of a part of the keys that a tile sees, places in windows and biases of the pairs."""
-    key_y, key_x = partners(part, first_y, span_y, first_x, span_x, PARTNERS)
-    keys = token(key_y, key_x, first_y + span_y - 1, remainder_y, remainder_x, dilation_y, dilation_x, width)
-    places = packed(key_y, key_x)[None, :] - starts[:, None]
-    at = in_table(key_y, key_x, WINDOW)[None, :] - in_table(query_y, query_x, WINDOW)[:, None]
-    return keys, places, biases_at(bias, head, places, at, WINDOW)
+def _members(cells, dilation, remainder):
+    """How many cells of an axis have this remainder."""
+    return (cells - remainder + dilation - 1) // dilation
+
+
+@triton.jit
+def _start(rank, members, WINDOW: tl.constexpr):
+    """The first neighbour of a query along an axis."""
+    return tl.minimum(tl.maximum(rank - WINDOW // 2, 0), members - WINDOW)
+
+
+@triton.jit
+def _first_query(rank, WINDOW: tl.constexpr):
+    """The first query that sees a key along an axis; windows that are shifted at the border begin with key 0."""
+    return tl.where(rank < WINDOW, 0, rank - WINDOW // 2)
+
+
+@triton.jit
+def _last_query(rank, members, WINDOW: tl.constexpr):
+    return tl.where(rank >= members - WINDOW, members - 1, rank + WINDOW // 2)
+
+
+@triton.jit
+def _place(program, heads, height, width, dilation_y, dilation_x, tiles_y, tiles_x):
+    """Sample, head, remainders and tile of a program; offsets of samples may not fit 32 bits."""
+    tile_x, program = program % tiles_x, program // tiles_x
+    tile_y, program = program % tiles_y, program // tiles_y
+    remainder_x, program = program % dilation_x, program // dilation_x
+    remainder_y, program = program % dilation_y, program // dilation_y
+    members_y = _members(height, dilation_y, remainder_y)
+    members_x = _members(width, dilation_x, remainder_x)
+    return (
+        (program // heads).to(tl.int64),
+        program % heads,
+        remainder_y,
+        remainder_x,
+        members_y,
+        members_x,
+        tile_y,
+        tile_x,
+    )
+
+
+@triton.jit
+def _tile(tile_y, tile_x, members_y, members_x, SIDE_Y: tl.constexpr, SIDE_X: tl.constexpr):
+    """Ranks of a tile by rows and columns, and which exist; others repeat the last."""
+    index = tl.arange(0, SIDE_Y * SIDE_X)
+    y = tile_y * SIDE_Y + index // SIDE_X
+    x = tile_x * SIDE_X + index % SIDE_X
+    exists = (y < members_y) & (x < members_x)
+    return tl.minimum(y, members_y - 1), tl.minimum(x, members_x - 1), exists
+
+
+@triton.jit
+def _ends(tile, members, SIDE: tl.constexpr):
+    """The first and the last rank of a tile along an axis."""
+    return tl.minimum(tile * SIDE, members - 1), tl.minimum(tile * SIDE + SIDE, members) - 1
+
+
+@triton.jit
+def _keys_of_tile(tile, members, SIDE: tl.constexpr, WINDOW: tl.constexpr):
+    """The first key that a tile of queries sees along an axis, and how many it sees."""
+    first, last = _ends(tile, members, SIDE)
+    start = _start(first, members, WINDOW)
+    return start, _start(last, members, WINDOW) + WINDOW - start
+
+
+@triton.jit
+def _queries_of_tile(tile, members, SIDE: tl.constexpr, WINDOW: tl.constexpr):
+    """The first query that sees a key of a tile along an axis, and how many do."""
+    first, last = _ends(tile, members, SIDE)
+    start = _first_query(first, WINDOW)
+    return start, _last_query(last, members, WINDOW) + 1 - start
+
+
+@triton.jit
+def _steps(span_y, span_x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """How many blocks a rectangle has."""
+    return tl.cdiv(span_y, ROWS) * tl.cdiv(span_x, COLUMNS)
+
+
+@triton.jit
+def _corner(step, span_x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Row and column of a block in a rectangle."""
+    across = tl.cdiv(span_x, COLUMNS)
+    return step // across * ROWS, step % across * COLUMNS
+
+
+@triton.jit
+def _block(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows and columns of a block, from its corner on."""
+    index = tl.arange(0, ROWS * COLUMNS)
+    return index // COLUMNS, index % COLUMNS
+
+
+@triton.jit
+def _token(y, x, remainder_y, remainder_x, dilation_y, dilation_x, width):
+    return (y * dilation_y + remainder_y) * width + x * dilation_x + remainder_x
+
+
+@triton.jit
+def _packed(y, x):
+    """Two small numbers in one, which can be subtracted from another pair and compared at once; see `_biases`."""
+    return y * 65536 + x
+
+
+@triton.jit
+def _rows_of(tensor, sample, head, sample_stride, head_stride, ALIGNED: tl.constexpr):
+    """The rows of one head of one sample."""
+    return tensor + tl.multiple_of(sample * sample_stride + head.to(tl.int64) * head_stride, ALIGNED)
+
+
+@triton.jit
+def _load(rows, tokens, exists, stride, DIM: tl.constexpr, PADDED: tl.constexpr, ALIGNED: tl.constexpr):
+    """Rows of channels of some tokens, (tokens, channels), zero where there are none."""
+    channels = tl.arange(0, PADDED)
+    at = rows + tl.multiple_of(tokens * stride, ALIGNED)[:, None] + channels[None, :]
+    return tl.load(at, mask=exists[:, None] & (channels < DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def _store(rows, tokens, exists, stride, values, DIM: tl.constexpr, PADDED: tl.constexpr):
+    channels = tl.arange(0, PADDED)
+    at = rows + (tokens * stride)[:, None] + channels[None, :]
+    tl.store(at, values.to(rows.dtype.element_ty), mask=exists[:, None] & (channels < DIM)[None, :])
+
+
+@triton.jit
+def _product(a, b, sums, WIDE: tl.constexpr):
+    """Adds a·b to ``sums``, both rounded where one of them is; ``WIDE`` where such products are missing."""
+    if WIDE:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), sums, input_precision="ieee")
+    if a.dtype != b.dtype:
+        a = a.to(b.dtype)
+    return tl.dot(a, b, sums, input_precision="ieee")
+
+
+@triton.jit
+def _biases(table, keys, starts, at, WINDOW: tl.constexpr):
+    """Biases of pairs, which broadcast, −∞ where the query does not see the key.
+
+    ``keys`` and ``starts``, keys and the first ones of windows, are packed, so their difference is the place in the
+    window. In it, and in what is left to the end of the window, a negative row or column sets a sign bit; a negative
+    column takes 1 from the row, which is of no account then. ``at`` is where in the table biases are.
+    """
+    place = keys - starts
+    seen = ((place | (_packed(WINDOW - 1, WINDOW - 1) - place)) & SIGNS) == 0
+    return tl.load(table + at, mask=seen, other=-float("inf")).to(tl.float32)
+
+
+@triton.jit
+def _in_table(y, x, WINDOW: tl.constexpr):
+    """Where in a table of biases something is that many rows and columns further on."""
+    return y * (2 * WINDOW - 1) + x
+
+
+@triton.jit
+def _table(bias, head, WINDOW: tl.constexpr):
+    """The table of a head, at the bias of a query's own token."""
+    return bias + head * (2 * WINDOW - 1) * (2 * WINDOW - 1) + _in_table(WINDOW - 1, WINDOW - 1, WINDOW)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def attention_forward_kernel(
-    q, k, v, bias, y, lse, y_sums, heads, height, width, dilation_y, dilation_x, tiles_y, tiles_x, samples, chunk,
+    q, k, v, bias, y, lse, heads, height, width, dilation_y, dilation_x, tiles_y, tiles_x,
     q_sample, q_token, q_head, k_sample, k_token, k_head, v_sample, v_token, v_head,
-    DIM: tl.constexpr, PADDED: tl.constexpr, VALUES: tl.constexpr, PADDED_VALUES: tl.constexpr, WINDOW: tl.constexpr,
-    SIDE_Y: tl.constexpr, SIDE_X: tl.constexpr, STEP_Y: tl.constexpr, STEP_X: tl.constexpr, FLAT: tl.constexpr,
-    PARTNERS: tl.constexpr, MANY: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr,
+    DIM: tl.constexpr, PADDED: tl.constexpr, VALUES: tl.constexpr, PADDED_VALUES: tl.constexpr,
+    WINDOW: tl.constexpr, SIDE_Y: tl.constexpr, SIDE_X: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ALIGNED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Writes y (b, l, heads, f) and lse (b, heads, l), the logarithms of sums of exponentials, of a tile of queries."""
-    group, head, remainder_y, remainder_x, members_y, members_x, tile_y, tile_x = place(
+    """Writes y (b, l, heads, f) and lse (b, heads, l), the logarithms of sums of exponentials, of a tile."""
+    sample, head, remainder_y, remainder_x, members_y, members_x, tile_y, tile_x = _place(
         tl.program_id(0), heads, height, width, dilation_y, dilation_x, tiles_y, tiles_x
     )
     length = height.to(tl.int64) * width
-    is_tile, query_y, query_x, is_query, first_y, last_y, first_x, last_x = tile(
-        tile_y, tile_x, members_y, members_x, SIDE_Y, SIDE_X, STEP_Y, STEP_X, FLAT
+    query_y, query_x, is_query = _tile(tile_y, tile_x, members_y, members_x, SIDE_Y, SIDE_X)
+    tokens = _token(query_y, query_x, remainder_y, remainder_x, dilation_y, dilation_x, width).to(tl.int64)
+    q_tile = _load(
+        _rows_of(q, sample, head, q_sample, q_head, ALIGNED), tokens, is_query, q_token, DIM, PADDED, ALIGNED
     )
-    queries = token(query_y, query_x, last_y, remainder_y, remainder_x, dilation_y, dilation_x, width)
-    starts = packed(start_of(query_y, members_y, WINDOW), start_of(query_x, members_x, WINDOW))
-    first_y, span_y = keys_of(first_y, last_y, members_y, WINDOW)
-    first_x, span_x = keys_of(first_x, last_x, members_x, WINDOW)
-    parts = tl.cdiv(span_y * span_x, PARTNERS) if MANY else 1
-    first_sample, last_sample = samples_of(group, chunk, samples, is_tile)
+    k_rows = _rows_of(k, sample, head, k_sample, k_head, ALIGNED)
+    v_rows = _rows_of(v, sample, head, v_sample, v_head, ALIGNED)
+    bias = _table(bias, head, WINDOW)
 
-    for part in range(parts):
-        keys, _, biases = _keys_of_part(
-            part, bias, head, query_y, query_x, starts, first_y, span_y, first_x, span_x,
-            remainder_y, remainder_x, dilation_y, dilation_x, width, WINDOW, PARTNERS,
-        )  # fmt: skip
-        for sample in range(first_sample, last_sample):
-            q_rows = rows_of(q, sample, head, q_sample, q_head, ALIGNED)
-            k_rows = rows_of(k, sample, head, k_sample, k_head, ALIGNED)
-            v_rows = rows_of(v, sample, head, v_sample, v_head, ALIGNED)
-            q_tile = load(q_rows, queries, q_token, DIM, PADDED, ALIGNED)
-            k_tile = load(k_rows, keys, k_token, DIM, PADDED, ALIGNED)
-            v_tile = load(v_rows, keys, v_token, VALUES, PADDED_VALUES, ALIGNED)
-            scores = product(q_tile, tl.trans(k_tile), biases, WIDE)
-            highest = tl.maximum(tl.max(scores, 1), LOWEST)  # a query may see no key of this part
-            weights = tl.exp2(scores * LOG2_E - (highest * LOG2_E)[:, None])
-            total = tl.maximum(tl.sum(weights, 1), 1e-30)
-            level = highest + tl.log2(total) / LOG2_E
-            share = 1 / total
+    highest = tl.full((SIDE_Y * SIDE_X,), -1e30, tl.float32)  # not −∞, whose difference to itself is no number
+    total = tl.zeros((SIDE_Y * SIDE_X,), tl.float32)
+    sums = tl.zeros((SIDE_Y * SIDE_X, PADDED_VALUES), tl.float32)
+    first_y, span_y = _keys_of_tile(tile_y, members_y, SIDE_Y, WINDOW)
+    first_x, span_x = _keys_of_tile(tile_x, members_x, SIDE_X, WINDOW)
+    starts = _packed(_start(query_y, members_y, WINDOW) - first_y, _start(query_x, members_x, WINDOW) - first_x)
+    key_y, key_x = _block(ROWS, COLUMNS)
+    packed = _packed(key_y, key_x)
+    at = _in_table(key_y, key_x, WINDOW)[None, :] - _in_table(query_y - first_y, query_x - first_x, WINDOW)[:, None]
+    block = _token(key_y + first_y, key_x + first_x, remainder_y, remainder_x, dilation_y, dilation_x, width)
+    for step in range(_steps(span_y, span_x, ROWS, COLUMNS)):
+        down, right = _corner(step, span_x, ROWS, COLUMNS)
+        is_key = (key_y + down < span_y) & (key_x + right < span_x)
+        keys = (block + down * dilation_y * width + right * dilation_x).to(tl.int64)
+        k_block = _load(k_rows, keys, is_key, k_token, DIM, PADDED, ALIGNED)
+        v_block = _load(v_rows, keys, is_key, v_token, VALUES, PADDED_VALUES, ALIGNED)
+        table = bias + _in_table(down, right, WINDOW)
+        biases = _biases(table, (packed + _packed(down, right))[None, :], starts[:, None], at, WINDOW)
+        scores = _product(q_tile, tl.trans(k_block), biases, WIDE)
+        higher = tl.maximum(highest, tl.max(scores, 1))
+        weights = tl.exp2(scores * LOG2_E - (higher * LOG2_E)[:, None])
+        shrink = tl.exp2((highest - higher) * LOG2_E)
+        total = total * shrink + tl.sum(weights, 1)
+        sums = _product(weights, v_block, sums * shrink[:, None], WIDE)
+        highest = higher
 
-            first = sample * length * heads + head
-            levels = lse + (sample * heads + head) * length + queries
-            sums = sums_before(y_sums, first, queries, is_query, part, heads * VALUES, VALUES, PADDED_VALUES, MANY)
-            if MANY:
-                before = tl.load(levels, mask=is_query & (part > 0), other=LOWEST)
-                higher = tl.maximum(before, level)
-                both = tl.exp2((before - higher) * LOG2_E) + tl.exp2((level - higher) * LOG2_E)
-                both = higher + tl.log2(both) / LOG2_E
-                share *= tl.exp2((level - both) * LOG2_E)
-                sums *= tl.exp2((before - both) * LOG2_E)[:, None]
-                level = both
-            sums += share[:, None] * product(weights, v_tile, tl.zeros_like(sums), WIDE)
-            store_sums(
-                y, y_sums, first, queries, is_query, part, parts, heads * VALUES, sums, VALUES, PADDED_VALUES, MANY
-            )
-            tl.store(levels, level, mask=is_query)
-        if MANY:
-            tl.debug_barrier()  # the next part reads what other threads may have written
+    y_rows = y + (sample * length * heads + head) * VALUES
+    _store(y_rows, tokens, is_query, heads * VALUES, sums / total[:, None], VALUES, PADDED_VALUES)
+    tl.store(lse + (sample * heads + head) * length + tokens, highest + tl.log2(total) / LOG2_E, mask=is_query)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def attention_queries_kernel(
-    q, k, v, bias, lse, dy, dq, dots, sums, dq_sums,
-    heads, height, width, dilation_y, dilation_x, tiles_y, tiles_x, samples, chunk,
+    q, k, v, bias, y, lse, dy, dq, dots, heads, height, width, dilation_y, dilation_x, tiles_y, tiles_x,
     q_sample, q_token, q_head, k_sample, k_token, k_head, v_sample, v_token, v_head, dy_sample, dy_token, dy_head,
-    DIM: tl.constexpr, PADDED: tl.constexpr, VALUES: tl.constexpr, PADDED_VALUES: tl.constexpr, WINDOW: tl.constexpr,
-    SIDE_Y: tl.constexpr, SIDE_X: tl.constexpr, STEP_Y: tl.constexpr, STEP_X: tl.constexpr, FLAT: tl.constexpr,
-    PARTNERS: tl.constexpr, MANY: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr,
+    DIM: tl.constexpr, PADDED: tl.constexpr, VALUES: tl.constexpr, PADDED_VALUES: tl.constexpr,
+    WINDOW: tl.constexpr, SIDE_Y: tl.constexpr, SIDE_X: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ALIGNED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Writes dq (b, l, heads, e), dots (b, heads, l) and sums (groups, heads, l, window²) of a tile of queries.
-
-    Dots are Σ weight · gradient of the weight, sums the gradients of scores of neighbours summed over a group.
-    """
-    group, head, remainder_y, remainder_x, members_y, members_x, tile_y, tile_x = place(
+    """Writes dq (b, l, heads, e), and dots (b, heads, l), Σ dy·y before y was rounded, of a tile."""
+    sample, head, remainder_y, remainder_x, members_y, members_x, tile_y, tile_x = _place(
         tl.program_id(0), heads, height, width, dilation_y, dilation_x, tiles_y, tiles_x
     )
     length = height.to(tl.int64) * width
-    is_tile, query_y, query_x, is_query, first_y, last_y, first_x, last_x = tile(
-        tile_y, tile_x, members_y, members_x, SIDE_Y, SIDE_X, STEP_Y, STEP_X, FLAT
+    query_y, query_x, is_query = _tile(tile_y, tile_x, members_y, members_x, SIDE_Y, SIDE_X)
+    tokens = _token(query_y, query_x, remainder_y, remainder_x, dilation_y, dilation_x, width).to(tl.int64)
+    q_tile = _load(
+        _rows_of(q, sample, head, q_sample, q_head, ALIGNED), tokens, is_query, q_token, DIM, PADDED, ALIGNED
     )
-    queries = token(query_y, query_x, last_y, remainder_y, remainder_x, dilation_y, dilation_x, width)
-    starts = packed(start_of(query_y, members_y, WINDOW), start_of(query_x, members_x, WINDOW))
-    first_y, span_y = keys_of(first_y, last_y, members_y, WINDOW)
-    first_x, span_x = keys_of(first_x, last_x, members_x, WINDOW)
-    parts = tl.cdiv(span_y * span_x, PARTNERS) if MANY else 1
-    first_sample, last_sample = samples_of(group, chunk, samples, is_tile)
+    k_rows = _rows_of(k, sample, head, k_sample, k_head, ALIGNED)
+    v_rows = _rows_of(v, sample, head, v_sample, v_head, ALIGNED)
+    dy_rows = _rows_of(dy, sample, head, dy_sample, dy_head, ALIGNED)
+    y_rows = y + (sample * length * heads + head) * VALUES
+    bias = _table(bias, head, WINDOW)
+    of_tokens = (sample * heads + head) * length + tokens
+    dy_tile = _load(dy_rows, tokens, is_query, dy_token, VALUES, PADDED_VALUES, ALIGNED)
+    y_tile = _load(y_rows, tokens, is_query, heads * VALUES, VALUES, PADDED_VALUES, VALUES & -VALUES)
+    dot = tl.sum(dy_tile.to(tl.float32) * y_tile.to(tl.float32), 1)
+    level = tl.load(lse + of_tokens, mask=is_query, other=0.0)
 
-    # Where keys are many, dots must be known before: the first half of the parts is for them.
-    for turn in range(2 * parts if MANY else 1):
-        part = turn % parts
-        adds_up = turn < parts
-        keys, places, biases = _keys_of_part(
-            part, bias, head, query_y, query_x, starts, first_y, span_y, first_x, span_x,
-            remainder_y, remainder_x, dilation_y, dilation_x, width, WINDOW, PARTNERS,
-        )  # fmt: skip
-        gradient = tl.zeros((SIDE_Y * SIDE_X, PARTNERS), tl.float32)
-        for sample in range(first_sample, last_sample):
-            q_rows = rows_of(q, sample, head, q_sample, q_head, ALIGNED)
-            k_rows = rows_of(k, sample, head, k_sample, k_head, ALIGNED)
-            v_rows = rows_of(v, sample, head, v_sample, v_head, ALIGNED)
-            dy_rows = rows_of(dy, sample, head, dy_sample, dy_head, ALIGNED)
-            q_tile = load(q_rows, queries, q_token, DIM, PADDED, ALIGNED)
-            k_tile = load(k_rows, keys, k_token, DIM, PADDED, ALIGNED)
-            v_tile = load(v_rows, keys, v_token, VALUES, PADDED_VALUES, ALIGNED)
-            dy_tile = load(dy_rows, queries, dy_token, VALUES, PADDED_VALUES, ALIGNED)
-            of_queries = (sample * heads + head) * length + queries
-            level = tl.load(lse + of_queries)
-            scores = product(q_tile, tl.trans(k_tile), biases, WIDE)
-            weights = tl.exp2(scores * LOG2_E - (level * LOG2_E)[:, None])
-            dweights = product(dy_tile, tl.trans(v_tile), tl.zeros_like(weights), WIDE)
-            dot = tl.sum(weights * dweights, 1)
-            if MANY:
-                dot = tl.where(adds_up, dot, 0.0) + tl.load(dots + of_queries, mask=is_query & (turn > 0), other=0.0)
-            dscores = weights * (dweights - dot[:, None])
-            gradient += dscores
-            first = sample * length * heads + head
-            dq_tile = sums_before(dq_sums, first, queries, is_query, part, heads * DIM, DIM, PADDED, MANY)
-            dq_tile = product(dscores, k_tile, dq_tile, WIDE)
-            store_sums(dq, dq_sums, first, queries, is_query, part, parts, heads * DIM, dq_tile, DIM, PADDED, MANY)
-            tl.store(dots + of_queries, dot, mask=is_query)
-        at = ((group * heads + head) * length + queries)[:, None] * (WINDOW * WINDOW)
-        at += (places >> 16) * WINDOW + (places & 65535)
-        tl.store(sums + at, gradient, mask=is_query[:, None] & seen(places, WINDOW))
-        if MANY:
-            tl.debug_barrier()  # the next part reads what other threads may have written
+    gradient = tl.zeros((SIDE_Y * SIDE_X, PADDED), tl.float32)
+    average = tl.zeros((SIDE_Y * SIDE_X, PADDED), tl.float32)
+    excess = tl.zeros((SIDE_Y * SIDE_X,), tl.float32)
+    minus_dot = tl.broadcast_to(-dot[:, None], (SIDE_Y * SIDE_X, ROWS * COLUMNS))
+    first_y, span_y = _keys_of_tile(tile_y, members_y, SIDE_Y, WINDOW)
+    first_x, span_x = _keys_of_tile(tile_x, members_x, SIDE_X, WINDOW)
+    starts = _packed(_start(query_y, members_y, WINDOW) - first_y, _start(query_x, members_x, WINDOW) - first_x)
+    key_y, key_x = _block(ROWS, COLUMNS)
+    packed = _packed(key_y, key_x)
+    at = _in_table(key_y, key_x, WINDOW)[None, :] - _in_table(query_y - first_y, query_x - first_x, WINDOW)[:, None]
+    block = _token(key_y + first_y, key_x + first_x, remainder_y, remainder_x, dilation_y, dilation_x, width)
+    for step in range(_steps(span_y, span_x, ROWS, COLUMNS)):
+        down, right = _corner(step, span_x, ROWS, COLUMNS)
+        is_key = (key_y + down < span_y) & (key_x + right < span_x)
+        keys = (block + down * dilation_y * width + right * dilation_x).to(tl.int64)
+        k_block = _load(k_rows, keys, is_key, k_token, DIM, PADDED, ALIGNED)
+        v_block = _load(v_rows, keys, is_key, v_token, VALUES, PADDED_VALUES, ALIGNED)
+        table = bias + _in_table(down, right, WINDOW)
+        biases = _biases(table, (packed + _packed(down, right))[None, :], starts[:, None], at, WINDOW)
+        scores = _product(q_tile, tl.trans(k_block), biases, WIDE)
+        weights = tl.exp2(scores * LOG2_E - (level * LOG2_E)[:, None])
+        dscores = weights * _product(dy_tile, tl.trans(v_block), minus_dot, WIDE)
+        gradient = _product(dscores, k_block, gradient, WIDE)
+        average = _product(weights, k_block, average, WIDE)
+        excess += tl.sum(dscores, 1)
+
+    # Gradients of scores sum to zero; what they sum to here is the error of dot, which y has by being rounded.
+    gradient -= excess[:, None] * average
+    dq_rows = dq + (sample * length * heads + head) * DIM
+    _store(dq_rows, tokens, is_query, heads * DIM, gradient, DIM, PADDED)
+    tl.store(dots + of_tokens, dot + excess, mask=is_query)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def attention_keys_kernel(
-    q, k, v, bias, lse, dy, dk, dv, dots, dk_sums, dv_sums,
-    heads, height, width, dilation_y, dilation_x, tiles_y, tiles_x, samples, chunk,
+    q, k, v, bias, lse, dy, dk, dv, dots, heads, height, width, dilation_y, dilation_x, tiles_y, tiles_x,
     q_sample, q_token, q_head, k_sample, k_token, k_head, v_sample, v_token, v_head, dy_sample, dy_token, dy_head,
-    DIM: tl.constexpr, PADDED: tl.constexpr, VALUES: tl.constexpr, PADDED_VALUES: tl.constexpr, WINDOW: tl.constexpr,
-    SIDE_Y: tl.constexpr, SIDE_X: tl.constexpr, STEP_Y: tl.constexpr, STEP_X: tl.constexpr, FLAT: tl.constexpr,
-    PARTNERS: tl.constexpr, MANY: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr,
+    DIM: tl.constexpr, PADDED: tl.constexpr, VALUES: tl.constexpr, PADDED_VALUES: tl.constexpr,
+    WINDOW: tl.constexpr, SIDE_Y: tl.constexpr, SIDE_X: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ALIGNED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Writes dk (b, l, heads, e) and dv (b, l, heads, f) of a tile of keys."""
-    group, head, remainder_y, remainder_x, members_y, members_x, tile_y, tile_x = place(
+    """Writes dk (b, l, heads, e) and dv (b, l, heads, f) of a tile of keys, over whose queries it walks."""
+    sample, head, remainder_y, remainder_x, members_y, members_x, tile_y, tile_x = _place(
         tl.program_id(0), heads, height, width, dilation_y, dilation_x, tiles_y, tiles_x
     )
     length = height.to(tl.int64) * width
-    is_tile, key_y, key_x, is_key, first_y, last_y, first_x, last_x = tile(
-        tile_y, tile_x, members_y, members_x, SIDE_Y, SIDE_X, STEP_Y, STEP_X, FLAT
+    key_y, key_x, is_key = _tile(tile_y, tile_x, members_y, members_x, SIDE_Y, SIDE_X)
+    tokens = _token(key_y, key_x, remainder_y, remainder_x, dilation_y, dilation_x, width).to(tl.int64)
+    k_tile = _load(_rows_of(k, sample, head, k_sample, k_head, ALIGNED), tokens, is_key, k_token, DIM, PADDED, ALIGNED)
+    v_rows = _rows_of(v, sample, head, v_sample, v_head, ALIGNED)
+    v_tile = _load(v_rows, tokens, is_key, v_token, VALUES, PADDED_VALUES, ALIGNED)
+    q_rows = _rows_of(q, sample, head, q_sample, q_head, ALIGNED)
+    dy_rows = _rows_of(dy, sample, head, dy_sample, dy_head, ALIGNED)
+    bias = _table(bias, head, WINDOW)
+    lse += (sample * heads + head) * length
+    dots += (sample * heads + head) * length
+
+    dk_tile = tl.zeros((SIDE_Y * SIDE_X, PADDED), tl.float32)
+    dv_tile = tl.zeros((SIDE_Y * SIDE_X, PADDED_VALUES), tl.float32)
+    first_y, span_y = _queries_of_tile(tile_y, members_y, SIDE_Y, WINDOW)
+    first_x, span_x = _queries_of_tile(tile_x, members_x, SIDE_X, WINDOW)
+    packed = _packed(key_y - first_y, key_x - first_x)
+    query_y, query_x = _block(ROWS, COLUMNS)
+    at = _in_table(key_y - first_y, key_x - first_x, WINDOW)[:, None] - _in_table(query_y, query_x, WINDOW)[None, :]
+    block = _token(query_y + first_y, query_x + first_x, remainder_y, remainder_x, dilation_y, dilation_x, width)
+    for step in range(_steps(span_y, span_x, ROWS, COLUMNS)):
+        down, right = _corner(step, span_x, ROWS, COLUMNS)
+        is_query = (query_y + down < span_y) & (query_x + right < span_x)
+        queries = (block + down * dilation_y * width + right * dilation_x).to(tl.int64)
+        start_y = _start(query_y + (down + first_y), members_y, WINDOW) - first_y
+        start_x = _start(query_x + (right + first_x), members_x, WINDOW) - first_x
+        starts = _packed(tl.where(is_query, start_y, NOWHERE), start_x)
+        q_block = _load(q_rows, queries, is_query, q_token, DIM, PADDED, ALIGNED)
+        dy_block = _load(dy_rows, queries, is_query, dy_token, VALUES, PADDED_VALUES, ALIGNED)
+        level = tl.load(lse + queries, mask=is_query, other=0.0)
+        dot = tl.load(dots + queries, mask=is_query, other=0.0)
+        table = bias - _in_table(down, right, WINDOW)
+        biases = _biases(table, packed[:, None], starts[None, :], at, WINDOW)
+        scores = _product(k_tile, tl.trans(q_block), biases, WIDE)
+        weights = tl.exp2(scores * LOG2_E - (level * LOG2_E)[None, :])
+        dv_tile = _product(weights, dy_block, dv_tile, WIDE)
+        minus_dot = tl.broadcast_to(-dot[None, :], (SIDE_Y * SIDE_X, ROWS * COLUMNS))
+        dscores = weights * _product(v_tile, tl.trans(dy_block), minus_dot, WIDE)
+        dk_tile = _product(dscores, q_block, dk_tile, WIDE)
+
+    _store(dk + (sample * length * heads + head) * DIM, tokens, is_key, heads * DIM, dk_tile, DIM, PADDED)
+    _store(
+        dv + (sample * length * heads + head) * VALUES, tokens, is_key, heads * VALUES, dv_tile, VALUES, PADDED_VALUES
     )
-    keys = token(key_y, key_x, last_y, remainder_y, remainder_x, dilation_y, dilation_x, width)
-    first_y, span_y = queries_of(first_y, last_y, members_y, WINDOW)
-    first_x, span_x = queries_of(first_x, last_x, members_x, WINDOW)
-    parts = tl.cdiv(span_y * span_x, PARTNERS) if MANY else 1
-    first_sample, last_sample = samples_of(group, chunk, samples, is_tile)
-
-    for part in range(parts):
-        query_y, query_x = partners(part, first_y, span_y, first_x, span_x, PARTNERS)
-        last = first_y + span_y - 1
-        queries = token(query_y, query_x, last, remainder_y, remainder_x, dilation_y, dilation_x, width)
-        start_y = tl.where(query_y <= last, start_of(query_y, members_y, WINDOW), NOWHERE)
-        starts = packed(start_y, start_of(query_x, members_x, WINDOW))
-        places = packed(key_y, key_x)[:, None] - starts[None, :]
-        at = in_table(key_y, key_x, WINDOW)[:, None] - in_table(query_y, query_x, WINDOW)[None, :]
-        biases = biases_at(bias, head, places, at, WINDOW)
-        for sample in range(first_sample, last_sample):
-            q_rows = rows_of(q, sample, head, q_sample, q_head, ALIGNED)
-            k_rows = rows_of(k, sample, head, k_sample, k_head, ALIGNED)
-            v_rows = rows_of(v, sample, head, v_sample, v_head, ALIGNED)
-            dy_rows = rows_of(dy, sample, head, dy_sample, dy_head, ALIGNED)
-            k_tile = load(k_rows, keys, k_token, DIM, PADDED, ALIGNED)
-            v_tile = load(v_rows, keys, v_token, VALUES, PADDED_VALUES, ALIGNED)
-            q_tile = load(q_rows, queries, q_token, DIM, PADDED, ALIGNED)
-            dy_tile = load(dy_rows, queries, dy_token, VALUES, PADDED_VALUES, ALIGNED)
-            of_queries = (sample * heads + head) * length + queries
-            level = tl.load(lse + of_queries)
-            dot = tl.load(dots + of_queries)
-            scores = product(k_tile, tl.trans(q_tile), biases, WIDE)
-            weights = tl.exp2(scores * LOG2_E - (level * LOG2_E)[None, :])
-            minus_dot = tl.broadcast_to(-dot[None, :], (SIDE_Y * SIDE_X, PARTNERS))
-            dscores = weights * product(v_tile, tl.trans(dy_tile), minus_dot, WIDE)
-
-            first = sample * length * heads + head
-            dv_tile = sums_before(dv_sums, first, keys, is_key, part, heads * VALUES, VALUES, PADDED_VALUES, MANY)
-            dv_tile = product(weights, dy_tile, dv_tile, WIDE)
-            store_sums(
-                dv, dv_sums, first, keys, is_key, part, parts, heads * VALUES, dv_tile, VALUES, PADDED_VALUES, MANY
-            )
-            dk_tile = sums_before(dk_sums, first, keys, is_key, part, heads * DIM, DIM, PADDED, MANY)
-            dk_tile = product(dscores, q_tile, dk_tile, WIDE)
-            store_sums(dk, dk_sums, first, keys, is_key, part, parts, heads * DIM, dk_tile, DIM, PADDED, MANY)
-        if MANY:
-            tl.debug_barrier()  # the next part reads what other threads may have written
 
 
-@triton.jit(do_not_specialize=COUNTS)
-def attention_offsets_kernel(
-    sums, totals, groups, cells, dilation, inner,
-    group_stride, outer_stride, inner_stride, cell_stride, slot_stride, outer_total, inner_total, offset_total,
-    WINDOW: tl.constexpr, OFFSETS: tl.constexpr, BLOCK: tl.constexpr,
+@triton.jit(do_not_specialize=SIZES)
+def attention_biases_kernel(
+    q, k, v, bias, lse, dy, dots, sums, heads, height, width, dilation_y, dilation_x, tiles_y, tiles_x,
+    samples, blocks, chunk,
+    q_sample, q_token, q_head, k_sample, k_token, k_head, v_sample, v_token, v_head, dy_sample, dy_token, dy_head,
+    DIM: tl.constexpr, PADDED: tl.constexpr, VALUES: tl.constexpr, PADDED_VALUES: tl.constexpr,
+    WINDOW: tl.constexpr, SIDE_Y: tl.constexpr, SIDE_X: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ALIGNED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Writes totals (outer, inner, 2·window − 1): over groups and cells of an axis, of the neighbours at each offset.
+    """Writes sums (chunks of samples, heads, l, window²), gradients of each query's scores summed over a chunk.
 
-    What neighbours have is in sums (groups, outer, inner, cells, window). Both may have any strides.
+    A program owns a tile of queries and one block of the keys that it sees. In every sample the pairs are the same, so
+    their sums stay in registers.
     """
-    outer, inner = (tl.program_id(0) // inner).to(tl.int64), tl.program_id(0) % inner
-    sums += outer * outer_stride + inner * inner_stride
-    offset = tl.arange(0, OFFSETS)
-    total = tl.zeros((BLOCK, OFFSETS), tl.float32)
-    for first in range(0, groups * cells, BLOCK):
-        index = first + tl.arange(0, BLOCK)
-        group, cell = index // cells, index % cells
-        rank = cell // dilation
-        start = start_of(rank, members_of(cells, dilation, cell % dilation), WINDOW)
-        slot = (rank - start - (WINDOW - 1))[:, None] + offset[None, :]
-        exists = (slot >= 0) & (slot < WINDOW) & (group < groups)[:, None]
-        at = (group.to(tl.int64) * group_stride + cell * cell_stride)[:, None] + slot * slot_stride
-        total += tl.load(sums + at, mask=exists, other=0.0)
-    at = outer * outer_total + inner * inner_total + offset * offset_total
-    tl.store(totals + at, tl.sum(total, 0), mask=offset < 2 * WINDOW - 1)
+    program = tl.program_id(0)
+    step, program = program % blocks, program // blocks
+    group, head, remainder_y, remainder_x, members_y, members_x, tile_y, tile_x = _place(
+        program, heads, height, width, dilation_y, dilation_x, tiles_y, tiles_x
+    )
+    length = height.to(tl.int64) * width
+    query_y, query_x, is_query = _tile(tile_y, tile_x, members_y, members_x, SIDE_Y, SIDE_X)
+    tokens = _token(query_y, query_x, remainder_y, remainder_x, dilation_y, dilation_x, width).to(tl.int64)
+    first_y, span_y = _keys_of_tile(tile_y, members_y, SIDE_Y, WINDOW)
+    first_x, span_x = _keys_of_tile(tile_x, members_x, SIDE_X, WINDOW)
+    down, right = _corner(step, span_x, ROWS, COLUMNS)
+    key_y, key_x = _block(ROWS, COLUMNS)
+    key_y += down
+    key_x += right
+    is_key = (key_y < span_y) & (key_x < span_x)
+    keys = _token(key_y + first_y, key_x + first_x, remainder_y, remainder_x, dilation_y, dilation_x, width).to(
+        tl.int64
+    )
+    start_y, start_x = _start(query_y, members_y, WINDOW) - first_y, _start(query_x, members_x, WINDOW) - first_x
+    at = _in_table(key_y, key_x, WINDOW)[None, :] - _in_table(query_y - first_y, query_x - first_x, WINDOW)[:, None]
+    packed, starts = _packed(key_y, key_x), _packed(start_y, start_x)
+    biases = _biases(_table(bias, head, WINDOW), packed[None, :], starts[:, None], at, WINDOW)
+
+    gradient = tl.zeros((SIDE_Y * SIDE_X, ROWS * COLUMNS), tl.float32)
+    for i in range(chunk):
+        sample = group * chunk + i
+        is_sample = sample < samples
+        is_token, is_seen = is_query & is_sample, is_key & is_sample
+        q_rows = _rows_of(q, sample, head, q_sample, q_head, ALIGNED)
+        k_rows = _rows_of(k, sample, head, k_sample, k_head, ALIGNED)
+        v_rows = _rows_of(v, sample, head, v_sample, v_head, ALIGNED)
+        dy_rows = _rows_of(dy, sample, head, dy_sample, dy_head, ALIGNED)
+        q_tile = _load(q_rows, tokens, is_token, q_token, DIM, PADDED, ALIGNED)
+        k_block = _load(k_rows, keys, is_seen, k_token, DIM, PADDED, ALIGNED)
+        v_block = _load(v_rows, keys, is_seen, v_token, VALUES, PADDED_VALUES, ALIGNED)
+        dy_tile = _load(dy_rows, tokens, is_token, dy_token, VALUES, PADDED_VALUES, ALIGNED)
+        of_tokens = (sample * heads + head) * length + tokens
+        level = tl.load(lse + of_tokens, mask=is_token, other=float("inf"))
+        dot = tl.load(dots + of_tokens, mask=is_token, other=0.0)
+        scores = _product(q_tile, tl.trans(k_block), biases, WIDE)
+        weights = tl.exp2(scores * LOG2_E - (level * LOG2_E)[:, None])
+        minus_dot = tl.broadcast_to(-dot[:, None], (SIDE_Y * SIDE_X, ROWS * COLUMNS))
+        gradient += weights * _product(dy_tile, tl.trans(v_block), minus_dot, WIDE)
+
+    row, column = key_y[None, :] - start_y[:, None], key_x[None, :] - start_x[:, None]
+    seen = (row >= 0) & (row < WINDOW) & (column >= 0) & (column < WINDOW)
+    at = ((group * heads + head) * length + tokens)[:, None] * (WINDOW * WINDOW) + row * WINDOW + column
+    tl.store(sums + at, gradient, mask=is_query[:, None] & seen)
 
 
 def forward(
@@ -302,8 +455,7 @@ def forward(
     y = v.new_empty(v.shape)
     lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
     launch = _Launch({"q": q, "k": k, "v": v}, bias, size=size, window=window, dilation=dilation)
-    tiles = launch.tiles("queries", FORWARD)
-    launch.run(attention_forward_kernel, tiles, y=y, lse=lse, y_sums=tiles.sums_like(y))
+    launch.run(attention_forward_kernel, FORWARD, y=y, lse=lse)
     return y, lse
 
 
@@ -323,59 +475,10 @@ def backward(
     """Gradients of q, k, v and bias in their shapes, contiguous, that of the bias in float32."""
     dq, dk, dv, dots = (tensor.new_empty(tensor.shape) for tensor in (q, k, v, lse))
     launch = _Launch({"q": q, "k": k, "v": v, "dy": dy}, bias, size=size, window=window, dilation=dilation)
-    tiles = launch.tiles("queries", QUERIES)
-    sums = lse.new_empty(tiles.groups, q.shape[2], *size, window, window)
-    results = {"dq": dq, "dots": dots, "sums": sums, "dq_sums": tiles.sums_like(dq)}
-    launch.run(attention_queries_kernel, tiles, lse=lse, **results)
-    tiles = launch.tiles("keys", KEYS)
-    results = {"dk": dk, "dv": dv, "dk_sums": tiles.sums_like(dk), "dv_sums": tiles.sums_like(dv)}
-    launch.run(attention_keys_kernel, tiles, lse=lse, dots=dots, **results)
-    return dq, dk, dv, _sum_of_biases(sums, dilation=dilation)
-
-
-@dataclass(frozen=True)
-class _Tiles:
-    """The programs of one kernel.
-
-    Args:
-        tiling: Of the map.
-        config: Of the launch.
-        grids: Of one sample that are tiled.
-        samples: Of the call.
-    """
-
-    tiling: Tiling
-    config: LaunchConfig
-    grids: int
-    samples: int
-
-    @property
-    def warps(self) -> int:
-        """Of a program."""
-        return max(1, self.tiling.partners // self.config.per_warp)
-
-    @property
-    def registers(self) -> int:
-        """Of a thread."""
-        return min(self.config.registers, REGISTERS // (2 * 32 * self.warps))
-
-    @property
-    def in_group(self) -> int:
-        """Programs for each group of samples."""
-        return self.grids * math.prod(self.tiling.tiles)
-
-    @property
-    def chunk(self) -> int:
-        """Samples of a group."""
-        return min(LONGEST, max(1, self.samples * self.in_group * self.warps // BUSY))
-
-    @property
-    def groups(self) -> int:
-        return -(-self.samples // self.chunk)
-
-    def sums_like(self, result: Tensor) -> Tensor:
-        """Where sums of parts of a result wait; without parts nothing does."""
-        return torch.empty_like(result, dtype=torch.float32) if self.tiling.many else result
+    launch.run(attention_queries_kernel, QUERIES, y=y, lse=lse, dq=dq, dots=dots)
+    launch.run(attention_keys_kernel, KEYS, lse=lse, dk=dk, dv=dv, dots=dots)
+    sums = launch.sums_of_pairs(lse, dots)
+    return dq, dk, dv, _sum_of_biases(sums, window=window, dilation=dilation)
 
 
 class _Launch:
@@ -401,8 +504,9 @@ class _Launch:
         tensors = {name: tensor if tensor.stride(-1) == 1 else tensor.contiguous() for name, tensor in tensors.items()}
         self._samples, _, heads, dim = tensors["q"].shape
         values = tensors["v"].shape[-1]
-        self._map = tuple(size), window, tuple(dilation)
-        self._grids = heads * math.prod(dilation)
+        self._members = -(-size[0] // dilation[0]), -(-size[1] // dilation[1])
+        self._grids = heads * math.prod(dilation)  # of a sample
+        self._map = heads, *size, window, window
         self._device = bias.device
         self._arguments: dict[str, Any] = {
             **tensors,
@@ -412,11 +516,10 @@ class _Launch:
             "width": size[1],
             "dilation_y": dilation[0],
             "dilation_x": dilation[1],
-            "samples": self._samples,
             "DIM": dim,
-            "PADDED": _padded(dim),
+            "PADDED": max(16, triton.next_power_of_2(dim)),
             "VALUES": values,
-            "PADDED_VALUES": _padded(values),
+            "PADDED_VALUES": max(16, triton.next_power_of_2(values)),
             "WINDOW": window,
             "ALIGNED": _alignment(tensors.values()),
             "WIDE": _lacks_products(bias.device, tensors.values()),
@@ -425,30 +528,91 @@ class _Launch:
             strides = zip(("sample", "token", "head"), tensor.stride(), strict=False)
             self._arguments |= {f"{name}_{axis}": stride for axis, stride in strides}
 
-    def tiles(self, kind: str, config: LaunchConfig) -> _Tiles:
-        """Tiles of queries or of keys."""
-        tiling = Tiling.of(*self._map, kind=kind, partners=config.partners)
-        return _Tiles(tiling, config, grids=self._grids, samples=self._samples)
-
-    def run(self, kernel: Any, tiles: _Tiles, **arguments: Any) -> None:
-        """Runs a kernel, a program for each tile of each group of samples."""
-        registers = {"maxnreg": tiles.registers} if torch.version.hip is None else {}
-        if self._samples:
+    def run(
+        self, kernel: Any, config: LaunchConfig, *, groups: int | None = None, parts: int = 1, **arguments: Any
+    ) -> None:
+        """Runs a kernel, so many programs for each tile of each group of samples, or of each sample."""
+        tiling = self.tiling(config)
+        programs = (self._samples if groups is None else groups) * self._grids * math.prod(tiling.tiles) * parts
+        if programs:
             with torch.accelerator.device_index(self._device.index):
-                kernel[(tiles.in_group * tiles.groups,)](
+                kernel[(programs,)](
                     **self._arguments,
-                    **tiles.tiling.arguments,
+                    **tiling.arguments,
                     **arguments,
-                    chunk=tiles.chunk,
-                    num_warps=tiles.warps,
-                    num_stages=tiles.config.stages,
-                    **registers,
+                    num_warps=tiling.warps,
+                    num_stages=config.stages,
                 )
 
+    def tiling(self, config: LaunchConfig) -> "Tiling":
+        """The tiles of one kernel."""
+        return Tiling.of(*self._members, window=self._arguments["WINDOW"], config=config)
 
-def _padded(channels: int) -> int:
-    """Channels of a tile; where these were no more than its tokens, each warp would form the whole of a product."""
-    return max(32, triton.next_power_of_2(channels))
+    def sums_of_pairs(self, lse: Tensor, dots: Tensor) -> Tensor:
+        """Gradients of scores, summed over samples, (heads, h, w, window, window)."""
+        tiling = self.tiling(BIASES)
+        programs = self._grids * math.prod(tiling.tiles) * tiling.blocks
+        chunk = -(-self._samples // max(1, min(self._samples, -(-BUSY // programs)))) or 1
+        groups = -(-self._samples // chunk)
+        sums = lse.new_empty(groups, *self._map)
+        counts = {"samples": self._samples, "chunk": chunk, "blocks": tiling.blocks}
+        tensors = {"lse": lse, "dots": dots, "sums": sums}
+        self.run(attention_biases_kernel, BIASES, groups=groups, parts=tiling.blocks, **tensors, **counts)
+        return sums.sum(0)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How the largest of the grids that a map is divided into by remainders is taken.
+
+    Args:
+        sides: Of a tile, by rows and columns.
+        tiles: Along either axis.
+        block: Rows and columns of a block of the walk.
+        blocks: That a tile of queries walks over at most.
+        warps: Of a program.
+    """
+
+    sides: tuple[int, int]
+    tiles: tuple[int, int]
+    block: tuple[int, int]
+    blocks: int
+    warps: int
+
+    @classmethod
+    @functools.lru_cache
+    def of(cls, rows: int, columns: int, *, window: int, config: LaunchConfig) -> "Tiling":
+        """For a grid of so many rows and columns, with the sides that multiply the fewest pairs."""
+        width = config.columns if columns > config.columns // 2 else config.columns // 2
+        block = config.block // width, width
+        y, x = (_Axis.of(n, window, unit, config.sides) for n, unit in zip((rows, columns), block, strict=True))
+        return cls(
+            sides=(y.side, x.side),
+            tiles=(y.tiles, x.tiles),
+            block=block,
+            blocks=y.blocks * x.blocks,
+            warps=max(1, y.side * x.side // config.tokens_per_warp),
+        )
+
+    @property
+    def arguments(self) -> dict[str, int]:
+        """As kernels take them."""
+        names = "tiles_y", "tiles_x", "SIDE_Y", "SIDE_X", "ROWS", "COLUMNS"
+        return dict(zip(names, (*self.tiles, *self.sides, *self.block), strict=True))
+
+
+class _Axis(NamedTuple):
+    """Tiles along one axis, and how many blocks their keys are."""
+
+    side: int
+    tiles: int
+    blocks: int
+
+    @classmethod
+    def of(cls, members: int, window: int, unit: int, sides: Sequence[int]) -> "_Axis":
+        """With the side that multiplies the fewest pairs, padded queries and masked keys included."""
+        axes = [cls(side, -(-members // side), -(-min(members, side + window - 1) // unit)) for side in sides]
+        return min(axes, key=lambda axis: axis.side * axis.tiles * axis.blocks)
 
 
 def _alignment(tensors: Iterable[Tensor]) -> int:
@@ -465,33 +629,21 @@ def _lacks_products(device: torch.device, tensors: Iterable[Tensor]) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] < 8
 
 
-def _sum_of_biases(sums: Tensor, *, dilation: Sequence[int]) -> Tensor:
-    """Gradients of biases from those of scores, (groups, heads, h, w, window, window), without atomics."""
-    _, heads, height, _, _, window = sums.shape
+def _sum_of_biases(sums: Tensor, *, window: int, dilation: Sequence[int]) -> Tensor:
+    """Gradients of biases from those of the scores of each query, (heads, h, w, window, window), without atomics."""
+    heads, height, width, *_ = sums.shape
     side = 2 * window - 1
-    rows = sums.new_empty(heads, height, window, side)
-    _sum_of_offsets(sums.flatten(1, 2).transpose(2, 3), rows.flatten(0, 1), dilation[1])
-    biases = sums.new_empty(heads, side, side)
-    _sum_of_offsets(rows[None].permute(0, 1, 4, 2, 3), biases.transpose(1, 2), dilation[0])
-    return biases
+    columns = _slots(width, window, dilation[1], device=sums.device)[None, None, :, None]
+    sums = F.pad(sums, (0, 1)).gather(4, columns.expand(heads, height, width, window, side)).sum(2)
+    rows = _slots(height, window, dilation[0], device=sums.device)[None, :, :, None]
+    return F.pad(sums, (0, 0, 0, 1)).gather(2, rows.expand(heads, height, side, side)).sum(1)
 
 
-def _sum_of_offsets(sums: Tensor, totals: Tensor, dilation: int) -> None:
-    """Writes totals (outer, inner, offsets) of sums (groups, outer, inner, cells, window)."""
-    groups, outer, inner, cells, window = sums.shape
-    strides = dict(zip(("group", "outer", "inner", "cell", "slot"), sums.stride(), strict=True))
-    total_strides = dict(zip(("outer", "inner", "offset"), totals.stride(), strict=True))
-    with torch.accelerator.device_index(sums.device.index):
-        attention_offsets_kernel[(outer * inner,)](
-            sums,
-            totals,
-            groups,
-            cells,
-            dilation,
-            inner,
-            **{f"{name}_stride": stride for name, stride in strides.items()},
-            **{f"{name}_total": stride for name, stride in total_strides.items()},
-            WINDOW=window,
-            OFFSETS=triton.next_power_of_2(2 * window - 1),
-            BLOCK=64,
-        )
+@cached
+def _slots(cells: int, window: int, dilation: int, *, device: torch.device) -> Tensor:
+    """Which neighbour of each cell of an axis has each of the biases, (cells, 2·window − 1); number window for none."""
+    cell = torch.arange(cells, device=device)[:, None]
+    ranks, members = cell // dilation, (cells - cell % dilation + dilation - 1) // dilation
+    starts = (ranks - window // 2).clamp(min=0).minimum(members - window)
+    slots = ranks - starts + torch.arange(1 - window, window, device=device)
+    return torch.where((slots >= 0) & (slots < window), slots, window)

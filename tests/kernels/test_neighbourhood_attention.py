@@ -22,8 +22,7 @@ SHAPES = {
     "unlike channels": (2, 2, 3, 20, (4, 5), 3, (1, 1)),
     "dilated": (2, 1, 6, 6, (7, 10), 3, (2, 3)),
     "several blocks in a row": (1, 1, 4, 4, (3, 21), 3, (1, 1)),
-    "six keys in a row": (1, 2, 4, 4, (6, 6), 5, (1, 1)),
-    "several tiles of remainders": (3, 1, 4, 4, (11, 6), 3, (2, 1)),
+    "several tiles of remainders": (1, 1, 4, 4, (11, 6), 3, (2, 1)),
 }
 
 
@@ -75,41 +74,15 @@ def test_values_may_be_of_another_dtype(device):
     _compare("unlike channels", device, dtype=torch.float32, values=torch.float16)
 
 
-@pytest.fixture
-def shapes(kernels, monkeypatch):
-    """Sets the shapes of tiles that there are, runs of tokens among them if none is named."""
-    from vssm_kernels import neighbourhood_tiling
-
-    def restrict(*named):
-        monkeypatch.setattr(neighbourhood_tiling, "SHAPES", named)
-        monkeypatch.setattr(neighbourhood_tiling, "LARGEST_FLAT", 0 if named else 4096)
-        kernels.Tiling.of.cache_clear()
-
-    yield restrict
-    kernels.Tiling.of.cache_clear()
-
-
 @pytest.mark.usefixtures("backend_beside_scan", "poisoned_memory")
-@pytest.mark.parametrize("shape", [(4, 4), (2, 8), (16, 1), ()], ids=["square", "wide", "tall", "run"])
-@pytest.mark.parametrize(("case", "partners"), [("one tile", 16), ("several tiles of remainders", 32)])
-def test_sizes_of_launches(case, shape, partners, device, kernels, shapes, monkeypatch):
-    """Tiles of any shape, partners in many parts; two samples are summed in a program, and the third in the next."""
-    shapes(*([shape] if shape else []))
-    for name in ("FORWARD", "QUERIES", "KEYS"):
-        monkeypatch.setattr(kernels, name, kernels.LaunchConfig(partners=(partners,)))
-    monkeypatch.setattr(kernels, "BUSY", 1)
-    monkeypatch.setattr(kernels, "LONGEST", 2)
-    _compare(case, device, dtype=torch.float32)
-
-
-@pytest.mark.usefixtures("backend_beside_scan", "poisoned_memory")
-def test_tiles_may_have_rows_to_spare(device, kernels, monkeypatch):
-    """Three queries in a row see five keys, a fourth would see a sixth, and all of them more than fit into a part."""
-    partners = (32,)
-    assert kernels.Tiling.of((6, 6), 5, (1, 1), kind="queries", partners=partners).steps == (3, 3)
-    monkeypatch.setattr(kernels, "QUERIES", kernels.LaunchConfig(partners=partners))
-    monkeypatch.setattr(kernels, "FORWARD", kernels.QUERIES)
-    _compare("six keys in a row", device, dtype=torch.float32)
+@pytest.mark.parametrize(("shape", "side"), [("one tile", 4), ("one tile", 8), ("several blocks in a row", 8)])
+def test_sizes_of_launches(shape, side, device, kernels, monkeypatch):
+    """Other tiles and blocks; two samples are summed in a program, and the third in the next."""
+    config = kernels.LaunchConfig(block=32 if side == 4 else 16, columns=8, sides=(side,))
+    for name in ("FORWARD", "QUERIES", "KEYS", "BIASES"):
+        monkeypatch.setattr(kernels, name, config)
+    monkeypatch.setattr(kernels, "BUSY", 2)
+    _compare(shape, device, dtype=torch.float32)
 
 
 def test_no_samples_have_no_results(backend_beside_scan, device):
