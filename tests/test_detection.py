@@ -1,5 +1,10 @@
 """torchvision's detectors on our backbones."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -44,6 +49,17 @@ def test_every_weight_of_a_detector_learns(kind, model):
     without = [name for name, parameter in detector.named_parameters() if parameter.grad is None]
     assert without == []
     assert all(parameter.grad.abs().sum() > 0 for parameter in detector.backbone.body.parameters())
+
+
+def test_two_processes_have_the_losses_of_one(tmp_path):
+    script = Path(__file__).parent / "detector_steps.py"
+    launchers = {"one": [], "two": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]}
+    for name, launcher in launchers.items():
+        command = [sys.executable, *launcher, str(script), str(tmp_path / f"{name}.json")]
+        subprocess.run(command, check=True, capture_output=True)
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in launchers)
+    assert two == pytest.approx(one, rel=1e-6)
+    assert one[1] < one[0]
 
 
 @pytest.mark.parametrize("kind", DETECTORS)
