@@ -27,6 +27,7 @@ PURPOSES = {
     "plot": "curves and plots as pictures",
     "demo": "the embedded digits: vssm demo, training without data",
     "export": "programs for other runtimes",
+    "video": "frames of videos",
     "mm": "mmdetection and mmsegmentation",
     "docs": "the documentation as a site",
     "dev": "tests and checks",
