@@ -75,7 +75,9 @@ def small_config(path, root, work_dir, *, model_name=None):
         cfg.optim_wrapper.type = "OptimWrapper"  # on a CPU there is no other
     cfg.env_cfg.dist_cfg = {"backend": "gloo"}
     cfg.randomness = {"seed": 0}
-    cfg.work_dir, cfg.experiment_name = str(work_dir), work_dir.name
+    # mmengine goes on with the log and the visualizer of a run of the same name.
+    cfg.work_dir, cfg.experiment_name = str(work_dir), str(work_dir).replace("/", "_")
+    cfg.visualizer.name = cfg.experiment_name
     return cfg
 
 
