@@ -60,7 +60,8 @@ def convert(
     source, dropped = checkpoint.read_with_report(path, trust_pickle, entry=entry, whole=task != "classify")
     given = {"num_classes": num_classes, "img_size": img_size}
     arguments = {key: value for key, value in given.items() if value is not None}
-    if task == "classify" or name in vssm.list_models(family="mambayolo"):
+    _check_known(name)
+    if task == "classify" or name.partition(".")[0] in vssm.list_models(family="mambayolo"):
         model = _model(name, task, arguments)
         converted, origins = _filter(source, model)
         checkpoint.check(model, converted)
@@ -81,7 +82,6 @@ def convert(
 
 
 def _model(name: str, task: Task, arguments: dict[str, Any]) -> nn.Module:
-    _check_known(name)
     if task == "segment":
         raise ValueError(
             f"convert: the authors of {name} put a detector around it, expected task 'detect', got {task!r}"
@@ -102,7 +102,6 @@ def _filter_surrounded(
     source: Mapping[str, Tensor], name: str, arguments: dict[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, set[str]]]:
     """As `_filter`, of a detector or segmentor of OpenMMLab, whose backbone is `DenseBackbone`."""
-    _check_known(name)
     if "num_classes" in arguments:
         raise ValueError("convert: heads of detectors and segmentors keep their classes, leave num_classes out")
     inside = {key.removeprefix(_INSIDE): value for key, value in source.items() if key.startswith(_INSIDE)}
